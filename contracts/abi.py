@@ -1,0 +1,165 @@
+"""The module ABI, version 1: frames between the agent and a module's process.
+
+The agent starts the module's entry point with one connected stream socket, its descriptor number in the environment
+variable `LOOPBACK_ABI_FD`. A frame is four bytes of length (big endian) and that many bytes of msgpack: a map with `id`
+and `body`, where `body` is one of the structs here, tagged by `verb`. The module speaks first, with `Hello`. Then the agent
+sends requests, and the module answers each with `Done` or `Failed` under the same `id`; `Event`s come with id 0 at any
+time. A module may be written in any language. New verbs and optional fields may appear; unknown fields are ignored, and
+an unknown verb is answered with `Failed(code="module.abi")`.
+
+Order: hello → configure → stage → commit → (confirm | revert); health and metrics at any time; drain → stop at the end.
+`stage` prepares a policy without any effect, `commit` makes it hold on trial, `confirm` keeps it, `revert` returns to what
+held before the commit. `stop` ends the process and leaves in the kernel whatever enforces; `stop` with `remove` leaves nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final, Literal
+
+import msgspec
+
+from loopback.contracts.codes import Code, Refused
+
+ABI_VERSION: Final = 1
+FD_VARIABLE: Final = "LOOPBACK_ABI_FD"
+MAX_FRAME: Final = 32 * 1024 * 1024  # bytes; a policy of 100k rules is about 20 MiB
+_LENGTH = struct.Struct(">I")
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="hello"):
+    """module → agent, first of all. `adopted`: it found its programs pinned in the kernel and took them over."""
+
+    module: str
+    version: str
+    abi: int
+    adopted: bool = False
+    policy: str | None = None  # digest of the policy that the adopted programs enforce
+
+
+class Configure(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="configure"):
+    """Where it is and what it may use. `state_dir` is its own folder, kept between versions.
+
+    `settings` is local configuration (from the host's own file), for the firewall `interfaces` and `bpf_root`.
+    """
+
+    host: str
+    workspace: str
+    state_dir: str
+    settings: dict[str, str | int | float | bool | list[str]] = {}
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="stage"):
+    """Prepare a policy. `content` is the policy's JSON, `digest` names it; the operator's signature was checked."""
+
+    digest: str
+    serial: int
+    content: bytes
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="commit"):
+    """Switch to the staged policy, on trial for `trial_s` seconds; unconfirmed by then, the kernel falls back."""
+
+    digest: str
+    trial_s: float
+
+
+class Confirm(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="confirm"):
+    """Keep what was committed."""
+
+    digest: str
+
+
+class Revert(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="revert"):
+    """Return to what held before the commit."""
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="health"):
+    """Ask how it is. Answered with Done(health=…)."""
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="metrics"):
+    """Ask for its counters. Answered with Done(metrics=…): name → value, names as Prometheus wants them."""
+
+
+class Drain(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="drain"):
+    """Take no new work; a stop follows."""
+
+
+class Stop(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="stop"):
+    """End. With `remove`, take everything out of the kernel first."""
+
+    remove: bool = False
+
+
+class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
+    """`enforcing`: the kernel applies policy `policy` now."""
+
+    state: Literal["ok", "degraded", "failed"]
+    enforcing: bool = False
+    policy: str | None = None
+    code: str = ""
+    reason: str = ""
+    detail: dict[str, str] = {}
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="done"):
+    """It was done; the fields that a verb asks for are filled."""
+
+    health: HealthReport | None = None
+    metrics: dict[str, float] = {}
+    detail: dict[str, str] = {}
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="failed"):
+    """It was not done, and nothing changed."""
+
+    code: str
+    reason: str
+    next_step: str = ""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="event"):
+    """module → agent: something happened (a sampled drop, an interface that appeared)."""
+
+    kind: str
+    attributes: dict[str, str | int | float | bool] = {}
+
+
+Request = Configure | Stage | Commit | Confirm | Revert | Health | Metrics | Drain | Stop
+Reply = Done | Failed
+Body = Hello | Request | Reply | Event
+
+
+class Frame(msgspec.Struct, frozen=True, kw_only=True):
+    """One message. A request and its answer share an `id` ≥ 1; Hello and Event have 0."""
+
+    id: int
+    body: Body
+
+
+_DECODER = msgspec.msgpack.Decoder(Frame)
+
+
+def encode(frame: Frame) -> bytes:
+    """The bytes of one frame, with its length in front. Raises Refused(MODULE_ABI) above MAX_FRAME."""
+    body = msgspec.msgpack.encode(frame)
+    if len(body) > MAX_FRAME:
+        raise Refused(Code.MODULE_ABI, f"a frame of {len(body)} bytes is over the {MAX_FRAME} allowed")
+    return _LENGTH.pack(len(body)) + body
+
+
+def length_of(prefix: bytes) -> int:
+    """The length that four prefix bytes announce. Raises Refused(MODULE_ABI) above MAX_FRAME."""
+    (length,) = _LENGTH.unpack(prefix)
+    if length > MAX_FRAME:
+        raise Refused(Code.MODULE_ABI, f"a frame of {length} bytes is over the {MAX_FRAME} allowed")
+    return int(length)
+
+
+def decode(body: bytes) -> Frame:
+    """Decode a frame's body. Raises Refused(MODULE_ABI) naming what is wrong."""
+    try:
+        return _DECODER.decode(body)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise Refused(Code.MODULE_ABI, f"not an ABI frame: {error}") from None

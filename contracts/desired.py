@@ -1,0 +1,69 @@
+"""Desired states: the one document per host that activation signs and the host obeys, within its scope."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+
+from loopback.contracts.envelope import Envelope
+
+
+class Running(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One module's version, package and policy, as promoted on a host. Digests are SHA-256 in hex."""
+
+    version: str
+    package: str
+    policy: str | None = None
+    policy_serial: int = 0
+
+
+class DesiredModule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one module should be on one host.
+
+    `running` is None for "absent": disabled, uninstalled, nothing left in the kernel. `expected` is what the sender
+    believes the host last promoted (None: nothing); a host that promoted something else refuses with HOST_EXPECTED and
+    says what it has. `scope` is the operator-signed RolloutStart command, `generation` that of this module's entry.
+    `returning` marks a way back: `running` must then equal what the host itself promoted last.
+    `not_after` is the deadline by the broker's clock for starting the change.
+    """
+
+    module: str
+    running: Running | None
+    generation: int
+    rollout: str
+    scope: Envelope
+    expected: Running | None = None
+    size: int = 0
+    trial_s: float = 10.0
+    not_after: datetime | None = None
+    returning: bool = False
+
+
+class DesiredState(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="desired", omit_defaults=True
+):
+    """Everything one host should run. Its `generation` only grows; modules not named are left as they are.
+
+    `record` is the operator-signed HostPut command with the host's labels. `journal_head` is the digest of the newest
+    link of the rollout's journal. Signed by activation, envelope type `envelope.DESIRED`.
+    """
+
+    host: str
+    workspace: str
+    generation: int
+    modules: tuple[DesiredModule, ...]
+    issued_at: datetime
+    record: Envelope | None = None
+    journal_head: str = ""
+    incarnation: str = ""
+    environment: Literal["production", "staging", "sandbox"] = "production"
+
+
+_DECODER = msgspec.json.Decoder(DesiredState)
+
+
+def decode(payload: bytes) -> DesiredState:
+    """Decode a desired state. Raises msgspec.ValidationError naming the field at fault."""
+    return _DECODER.decode(payload)
