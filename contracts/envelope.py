@@ -20,7 +20,8 @@ COMMAND: Final = "application/vnd.loopback.command+json"
 POLICY: Final = "application/vnd.loopback.policy+json"
 DESIRED: Final = "application/vnd.loopback.desired+json"
 REPORT: Final = "application/vnd.loopback.report+json"
-OTLP: Final = "application/vnd.loopback.otlp+protobuf"
+OTLP_TRACES: Final = "application/vnd.loopback.otlp-traces+protobuf"
+OTLP_METRICS: Final = "application/vnd.loopback.otlp-metrics+protobuf"
 
 MAX_ENVELOPE: Final = 768 * 1024  # bytes; below NATS's default max_payload of 1 MiB with room for headers
 MAX_SIGNATURES: Final = 16
