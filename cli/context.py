@@ -1,0 +1,335 @@
+"""What every command of the operator shares: the installation's home, the operator's key and a session on the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import ssl
+import tomllib
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import nats
+import nats.aio.client
+import nats.errors
+import nats.js.api
+import nats.js.errors
+from opentelemetry import propagate, trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+from loopback.contracts import envelope, events, subjects
+from loopback.contracts.codes import Code, Refused
+from loopback.contracts.keys import SigningKey
+from loopback.contracts.messages import Command, Result
+from loopback.trust import blobs
+
+RESULT_TIMEOUT_S: Final = (
+    30.0  # covers the eight seconds that a NATS leader election may take, and a service's restart
+)
+COMMAND_VALIDITY: Final = timedelta(hours=1)
+BLOBS_IN_FLIGHT: Final = 8
+
+_home: ContextVar[Path | None] = ContextVar("loopback_home", default=None)
+
+
+def default_home() -> Path:
+    """`$LOOPBACK_HOME`, else `loopback` below the XDG data folder."""
+    if found := os.environ.get("LOOPBACK_HOME"):
+        return Path(found)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "loopback"
+
+
+def set_home(home: Path | None) -> None:
+    """Remember what `--home` said."""
+    _home.set(home)
+
+
+def home() -> Path:
+    """The installation's folder, absolute."""
+    return (_home.get() or default_home()).absolute()
+
+
+class Context(NamedTuple):
+    """An installation as an operator sees it, read from `<home>/context.toml`."""
+
+    home: Path
+    url: str
+    creds: Path
+    operator_key: Path
+
+    @property
+    def key(self) -> SigningKey:
+        """The operator's signing key."""
+        return SigningKey.load(self.operator_key)
+
+
+def load() -> Context:
+    """Read `context.toml`. Raises Refused where there is no installation or a line is wrong."""
+    base = home()
+    path = base / "context.toml"
+    try:
+        found = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise Refused(
+            Code.NAME_INVALID,
+            f"there is no installation in {base}",
+            "run 'loopback up' first, or name the installation with --home",
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise Refused(Code.NAME_INVALID, f"{path}: {error}") from None
+    missing = [name for name in ("url", "creds", "operator_key") if not isinstance(found.get(name), str)]
+    if missing:
+        raise Refused(Code.NAME_INVALID, f"{path}: the entry {missing[0]!r} is missing or no text")
+    return Context(base, found["url"], base / found["creds"], base / found["operator_key"])
+
+
+def save(base: Path, *, url: str, creds: str, operator_key: str) -> None:
+    """Write `context.toml`; paths may be relative to the home."""
+    lines = [
+        f'{name} = "{value}"'
+        for name, value in (("url", url), ("creds", creds), ("operator_key", operator_key))
+    ]
+    (base / "context.toml").write_text("\n".join(lines) + "\n")
+
+
+def new_command_fields(workspace: str) -> dict[str, Any]:
+    """id, workspace, issued_at and expires_at for a new command."""
+    now = datetime.now(UTC)
+    return {
+        "id": str(uuid.uuid4()),
+        "workspace": workspace,
+        "issued_at": now,
+        "expires_at": now + COMMAND_VALIDITY,
+    }
+
+
+class Message(NamedTuple):
+    """One stored message."""
+
+    subject: str
+    data: bytes
+    sequence: int
+    time: datetime
+
+
+class Session:
+    """A connection with the operator's credentials and key."""
+
+    def __init__(self, context: Context, nc: nats.aio.client.Client) -> None:
+        self.context = context
+        self.nc = nc
+        self.js = nc.jetstream(timeout=10)
+
+    async def send(self, command: Command, service: str) -> Result:
+        """Sign a command, publish it and wait for its stored outcome.
+
+        Raises Refused with the service's own words, or COMMAND_UNKNOWN when no service answered in time.
+        """
+        kind = str(command.__struct_config__.tag)
+        subject = subjects.command(command.workspace, service, kind.replace(".", "-"))
+        data = envelope.seal_bytes(envelope.COMMAND, msgspec.json.encode(command), self.context.key)
+        with operator_span(
+            f"send {kind}", {"messaging.system": "nats", "cloudevents.event_id": command.id}
+        ) as carrier:
+            rollout = getattr(command, "rollout", None)
+            if rollout:
+                trace.get_current_span().set_attribute("loopback.rollout.id", rollout)
+            headers = events.headers(
+                event_id=command.id,
+                source="cli",
+                event_type=kind,
+                subject=command.workspace,
+                at=command.issued_at,
+                traceparent=carrier.get("traceparent", ""),
+            )
+            try:
+                await self.js.publish(subject, data, headers=headers)
+            except nats.js.errors.NoStreamResponseError:
+                raise Refused(
+                    Code.COMMAND_UNKNOWN,
+                    "the bus keeps no commands: its streams are missing",
+                    "start the services with 'loopback up'",
+                ) from None
+        result = await self.result(command.workspace, command.id)
+        if result.refusal is not None:
+            raise Refused(result.refusal.code, result.refusal.reason, result.refusal.next_step)
+        return result
+
+    async def result(self, workspace: str, command_id: str, timeout: float = RESULT_TIMEOUT_S) -> Result:
+        """The stored outcome of a command: read from the stream, since what was refused there must not be seen.
+
+        A core message on the result subject is only the hint to look again.
+        """
+        subject = subjects.result(workspace, command_id)
+        hint = asyncio.Event()
+
+        async def noticed(_: Any) -> None:
+            hint.set()
+
+        subscription = await self.nc.subscribe(subject, cb=noticed)
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    hint.clear()
+                    for place in (workspace, subjects.GLOBAL_WORKSPACE):
+                        found = await self.last(subjects.workspace_stream(place), subject)
+                        if found is not None:
+                            return msgspec.json.decode(found, type=Result)
+                    try:
+                        await asyncio.wait_for(hint.wait(), 0.5)
+                    except TimeoutError:
+                        continue
+        except TimeoutError:
+            raise Refused(
+                Code.COMMAND_UNKNOWN,
+                f"the command was stored, but no service answered within {timeout:.0f} s",
+                "check that the services run ('loopback up'); the command is kept and will be worked on then",
+            ) from None
+        finally:
+            await subscription.unsubscribe()
+
+    async def last(self, stream: str, subject: str) -> bytes | None:
+        """The last stored message of a subject, from the stream's leader; None where there is none."""
+        try:
+            found = await self.js.get_last_msg(stream, subject)
+        except nats.js.errors.NotFoundError:
+            return None
+        return found.data or b""
+
+    async def read(self, stream: str, filters: Sequence[str], *, last: bool = False) -> list[Message]:
+        """Everything stored now under these subjects, oldest first; with `last`, the newest of each subject."""
+        return [message async for message in self.follow(stream, filters, last=last, forever=False)]
+
+    async def follow(
+        self, stream: str, filters: Sequence[str], *, last: bool = False, forever: bool = True
+    ) -> AsyncIterator[Message]:
+        """What is stored, oldest first, and then, with `forever`, what comes."""
+        try:
+            subscription = await self.js.pull_subscribe(
+                subjects_or_first(filters),
+                stream=stream,
+                config=nats.js.api.ConsumerConfig(
+                    filter_subjects=list(filters) if len(filters) > 1 else None,
+                    deliver_policy=nats.js.api.DeliverPolicy.LAST_PER_SUBJECT
+                    if last
+                    else nats.js.api.DeliverPolicy.ALL,
+                    ack_policy=nats.js.api.AckPolicy.NONE,
+                    inactive_threshold=60.0,
+                    mem_storage=True,
+                ),
+            )
+        except nats.js.errors.NotFoundError:
+            if forever:
+                raise Refused(
+                    Code.WORKSPACE_UNKNOWN, f"there is no stream {stream}", "check the workspace's name"
+                ) from None
+            return
+        info = await subscription.consumer_info()
+        pending = info.num_pending or 0
+        try:
+            while forever or pending > 0:
+                try:
+                    batch = await subscription.fetch(min(500, pending) if pending > 0 else 100, timeout=5)
+                except nats.errors.TimeoutError:
+                    if not forever:
+                        return
+                    continue
+                for message in batch:
+                    pending = message.metadata.num_pending if not forever else 0
+                    yield Message(
+                        message.subject,
+                        message.data,
+                        message.metadata.sequence.stream,
+                        message.metadata.timestamp,
+                    )
+        finally:
+            await subscription.unsubscribe()
+
+    async def put_blob(self, data: bytes) -> str:
+        """Store content under its SHA-256, chunk by chunk; what is already there is left as it is."""
+        digest = hashlib.sha256(data).hexdigest()
+        chunks = list(blobs.split(data))
+        gate = asyncio.Semaphore(BLOBS_IN_FLIGHT)
+
+        async def put(number: int, chunk: bytes) -> None:
+            async with gate:
+                try:
+                    await self.js.publish(
+                        subjects.blob(digest, number),
+                        chunk,
+                        headers={"Lb-Size": str(len(data)), "Lb-Chunks": str(len(chunks))},
+                    )
+                except nats.js.errors.APIError as error:
+                    # First write wins: the stream refuses a second message on a subject, which is what repeating means.
+                    if "maximum messages per subject" not in (error.description or ""):
+                        raise
+
+        async with asyncio.TaskGroup() as group:
+            for number, chunk in enumerate(chunks):
+                group.create_task(put(number, chunk))
+        return digest
+
+
+def subjects_or_first(filters: Sequence[str]) -> str:
+    """nats-py wants one subject even where several filters are configured."""
+    return filters[0] if len(filters) == 1 else ""
+
+
+@asynccontextmanager
+async def connect(context: Context | None = None) -> AsyncIterator[Session]:
+    """A session with the operator's credentials. Raises nats.errors.NoServersError where nobody listens."""
+    context = context or load()
+    if not context.creds.exists():
+        raise Refused(
+            Code.NAME_INVALID, f"there are no credentials in {context.creds}", "run 'loopback up' first"
+        )
+
+    async def quiet(_: Exception) -> None:
+        """Errors reach the caller as exceptions; nats-py would print each a second time."""
+
+    nc = await nats.connect(
+        context.url,
+        user_credentials=str(context.creds),
+        name="loopback-cli",
+        inbox_prefix=subjects.inbox("operator").encode(),
+        connect_timeout=3,
+        max_reconnect_attempts=3,
+        allow_reconnect=True,
+        error_cb=quiet,
+        tls=ssl.create_default_context() if context.url.startswith("tls:") else None,
+    )
+    try:
+        yield Session(context, nc)
+    finally:
+        await nc.close()
+
+
+_provider: TracerProvider | None = None
+
+
+@contextmanager
+def operator_span(name: str, attributes: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The root span of an operator's event; yields the headers that carry its context.
+
+    It is exported where `OTEL_EXPORTER_OTLP_ENDPOINT` is set; its context travels in any case.
+    """
+    global _provider
+    if _provider is None:
+        _provider = TracerProvider(resource=Resource.create({"service.name": "loopback-cli"}))
+        if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+            _provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(timeout=5)))
+    tracer = _provider.get_tracer("loopback.cli")
+    carrier: dict[str, str] = {}
+    with tracer.start_as_current_span(name, kind=trace.SpanKind.PRODUCER, attributes=attributes):
+        propagate.inject(carrier)
+        yield carrier

@@ -1,0 +1,147 @@
+"""Entry point of `loopback`: finds the area a person asked for and turns refusals into words.
+
+Exit codes: 0 done · 1 the answer is no · 2 refused or a mistake in the call · 3 rolled back · 4 halted or paused ·
+130 interrupted. Areas are imported when used, so that `loopback --help` costs nothing that it does not show.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import nats.errors
+import typer
+import typer.core
+import typer.main
+
+import loopback
+from loopback.cli import context
+from loopback.contracts.codes import Refused
+
+EXIT_NO = 1
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+#: command → (module, attribute); an attribute that is no Typer app is a function with typer annotations.
+AREAS: dict[str, tuple[str, str]] = {
+    "up": ("loopback.cli.up", "up_command"),
+    "service": ("loopback.cli.up", "service_command"),
+    "demo": ("loopback.cli.demo.app", "demo_command"),
+    "keys": ("loopback.cli.keys", "app"),
+    "workspace": ("loopback.cli.workspace", "app"),
+    "entitlement": ("loopback.cli.entitlement", "app"),
+    "host": ("loopback.cli.hosts", "app"),
+    "hosts": ("loopback.cli.hosts", "hosts_command"),
+    "eligibility": ("loopback.cli.eligibility", "app"),
+    "module": ("loopback.cli.module", "app"),
+    "rollout": ("loopback.cli.rollout", "app"),
+    "firewall": ("loopback.cli.firewall", "app"),
+}
+
+
+class _Areas(typer.core.TyperGroup):
+    """The root group, whose commands are imported on first use."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(AREAS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in AREAS:
+            return None
+        module, attribute = AREAS[cmd_name]
+        found = getattr(importlib.import_module(module), attribute)
+        if not isinstance(found, typer.Typer):
+            single = typer.Typer(add_completion=False, rich_markup_mode=None)
+            single.command(cmd_name)(found)
+            found = single
+        command = typer.main.get_command(found)
+        command.name = cmd_name
+        return command
+
+
+app = typer.Typer(
+    cls=_Areas,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Ship signed modules to fleets of Linux hosts, in stages, and watch them.\n\n"
+    "Start here: 'loopback up' runs the broker and the four services on this machine; "
+    "'loopback demo' (root) plays the whole product with four hosts.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loopback {loopback.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="LOOPBACK_HOME",
+            help="Folder of this installation: keys, credentials, context.toml.",
+            show_default=str(context.default_home()),
+        ),
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Remember the home for whichever area follows."""
+    context.set_home(home)
+
+
+def refusals(error: BaseException) -> list[Refused]:
+    """Every refusal inside an exception, also those that a task group wrapped."""
+    if isinstance(error, Refused):
+        return [error]
+    if isinstance(error, BaseExceptionGroup):
+        return [found for inner in error.exceptions for found in refusals(inner)]
+    return []
+
+
+def explain(error: BaseException) -> str | None:
+    """What to tell a person, or None for a defect of ours, whose traceback is wanted."""
+    found = refusals(error)
+    if found:
+        return "\n".join(
+            f"error: {r.reason}  [{r.code}]" + (f"\n  next: {r.next_step}" if r.next_step else "")
+            for r in found
+        )
+    if isinstance(error, BaseExceptionGroup):
+        inner = [explain(e) for e in error.exceptions]
+        return inner[0] if inner and all(inner) else None
+    if isinstance(error, nats.errors.NoServersError | ConnectionRefusedError):
+        return "error: no NATS server answers\n  next: start one with 'loopback up', or give --home of the one that runs"
+    if isinstance(error, nats.errors.Error):
+        return f"error: the bus said: {error}\n  next: check that 'loopback up' runs and that your credentials are its own"
+    if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return f"error: {error.strerror}: {error.filename}"
+    if isinstance(error, msgspec.MsgspecError):
+        return f"error: stored data does not read: {error}\n  next: check that client and services have one version"
+    return None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit."""
+    try:
+        app(args=arguments, prog_name="loopback")
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        words = explain(error)
+        if words is None:
+            raise
+        typer.echo(words, err=True)
+        sys.exit(EXIT_REFUSED)
+
+
+if __name__ == "__main__":
+    main()
