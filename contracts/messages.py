@@ -233,7 +233,10 @@ class JournalEntry(
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="record", omit_defaults=True):
-    """A record that eligibility accepted: the operator-signed command, whole. kind: workspace, entitlement, host."""
+    """A record that eligibility accepted: the operator-signed command, whole. kind: workspace, entitlement, host.
+
+    `sequence` is the command's place in LB_CMD: of two records of one name, the higher one holds.
+    """
 
     kind: str
     name: str
@@ -241,6 +244,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="r
     envelope: Envelope
     at: datetime
     operators: tuple[str, ...] = ()
+    sequence: int = 0
 
 
 class Requirements(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -269,14 +273,26 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     operators: tuple[str, ...] = ()
 
 
+class Check(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One rule as it was applied: its name, whether it passed, and what was compared."""
+
+    rule: str
+    passed: bool
+    detail: str = ""
+
+
 class OfferedVersion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One version and what eligibility says of it for one host; `refusal` is None where the host may have it."""
+    """One version and what eligibility says of it for one host; `refusal` is None where the host may have it.
+
+    `rule` names the entitlement and requirements that decided, `checks` every rule in the order applied.
+    """
 
     module: str
     version: str
     digest: str
     rule: str = ""
     refusal: Refusal | None = None
+    checks: tuple[Check, ...] = ()
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="offer", omit_defaults=True):

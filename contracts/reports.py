@@ -6,14 +6,17 @@ every report of one incarnation, so late and repeated ones are recognised.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from enum import StrEnum
 from typing import Literal
 
 import msgspec
 
-from loopback.contracts.codes import Refusal
+from loopback.contracts import envelope, subjects
+from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.desired import Running
+from loopback.contracts.keys import PublicKey
 
 
 class Phase(StrEnum):
@@ -121,3 +124,66 @@ _DECODER: msgspec.json.Decoder[AnyReport] = msgspec.json.Decoder(AnyReport)
 def decode(payload: bytes) -> AnyReport:
     """Decode a report. Raises msgspec.ValidationError naming the field at fault."""
     return _DECODER.decode(payload)
+
+
+def sender(subject: str) -> tuple[str, str, str]:
+    """Workspace, host and kind that a `from` subject names: a claim, until `open_report` has checked it.
+
+    Raises Refused(REPORT_MALFORMED).
+    """
+    try:
+        parsed = subjects.parse(subject)
+    except Refused as error:
+        raise Refused(Code.REPORT_MALFORMED, error.reason) from None
+    if parsed.area != "from" or len(parsed.rest) != 2:
+        raise Refused(Code.REPORT_MALFORMED, f"{subject[:120]!r} is no subject that a host writes to")
+    return parsed.workspace, parsed.rest[0], parsed.rest[1]
+
+
+def open_signed(data: bytes, subject: str, payload_type: str, key: PublicKey | None) -> bytes:
+    """The payload of what a host signed and sent on its own subject; `key` is the one in the host's record.
+
+    Raises Refused: REPORT_UNKNOWN_HOST without a key, REPORT_IMPERSONATION where another key signed it or the
+    signature does not hold, REPORT_MALFORMED where it is no signed message of that type.
+    """
+    _, host, _ = sender(subject)
+    if key is None:
+        raise Refused(
+            Code.REPORT_UNKNOWN_HOST,
+            f"no record names the host {host!r}",
+            "add it with 'loopback host add', or stop the agent that reports under this name",
+        )
+    try:
+        payload, _ = envelope.open_envelope(envelope.parse(data), payload_type, {key.keyid: key})
+    except Refused as error:
+        if error.code in (Code.SIGNATURE_INVALID, Code.SIGNATURE_UNKNOWN_KEY):
+            raise Refused(
+                Code.REPORT_IMPERSONATION,
+                f"a message on {host!r}'s subject was not signed with {host!r}'s key: {error.reason}",
+                "revoke the credentials of whoever sent it; the message was dropped",
+            ) from None
+        raise Refused(Code.REPORT_MALFORMED, error.reason) from None
+    return payload
+
+
+def open_report(data: bytes, subject: str, key_of: Callable[[str, str], PublicKey | None]) -> AnyReport:
+    """Verify a report: signed with the key recorded for the host its subject names, and speaking for that host.
+
+    `key_of(workspace, host)` is the recorded key. Everybody who acts on reports comes through here. Raises Refused
+    with REPORT_MALFORMED, REPORT_UNKNOWN_HOST or REPORT_IMPERSONATION.
+    """
+    workspace, host, kind = sender(subject)
+    payload = open_signed(data, subject, envelope.REPORT, key_of(workspace, host))
+    try:
+        report = decode(payload)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise Refused(Code.REPORT_MALFORMED, f"{host!r} sent no report: {error}") from None
+    if (report.host, report.workspace) != (host, workspace):
+        raise Refused(
+            Code.REPORT_IMPERSONATION,
+            f"{host!r} in {workspace!r} sent a report for {report.host!r} in {report.workspace!r}",
+            "look at that host: its agent is misconfigured or stolen; the report was dropped",
+        )
+    if type(report).__name__.lower() != kind:
+        raise Refused(Code.REPORT_MALFORMED, f"{host!r} sent another kind of report on its {kind!r} subject")
+    return report
