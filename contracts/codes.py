@@ -85,6 +85,7 @@ class Code(StrEnum):
     HOST_DISK = "host.disk"
     HOST_UNCONFIRMED = "host.unconfirmed"
     HOST_DEADLINE = "host.deadline"
+    HOST_LOST = "host.lost"
     # modules
     MODULE_START = "module.start"
     MODULE_DIED = "module.died"

@@ -1,0 +1,301 @@
+"""How a workspace's state follows from its links: `fold(workspace, link bytes)`.
+
+Everybody who folds the same links has the same state: activation's replicas decide on it (`services/activation/decide.py`),
+the command line shows it. It only records what links say; what should happen next is not its business.
+One link costs time in proportion to the hosts it names, never to the fleet; repeated links change nothing.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Final
+
+from loopback.contracts import journal
+from loopback.contracts.codes import Code, Refusal
+from loopback.contracts.desired import Running
+from loopback.contracts.journal import Observation
+from loopback.contracts.reports import Phase
+from loopback.contracts.rolloutstate import (
+    FINAL,
+    Entry,
+    HostProgress,
+    Rollout,
+    Standing,
+    State,
+    WaveProgress,
+    WaveState,
+    Workspace,
+)  # fmt: skip
+
+_FAILURES: Final = frozenset(
+    {Phase.ROLLED_BACK, Phase.ROLLBACK_FAILED, Phase.REJECTED, Phase.QUARANTINED, Phase.LOOP_ABORTED}
+)
+_FINISHED: Final = _FAILURES - {Phase.ROLLBACK_FAILED} | {Phase.PROMOTED, Phase.REMOVED, Phase.UNCONFIRMED}
+_UNWELL: Final = frozenset({"degraded", "failed"})
+
+
+def fold(workspace: Workspace, data: bytes) -> journal.Link | None:
+    """Take in the next link; None for one that was already there or that does not continue its chain.
+
+    Raises msgspec.ValidationError for bytes that are no link. A rollout whose chain is broken stays as it was and is
+    marked `broken`: nobody decides on it any more.
+    """
+    link = journal.decode(data)
+    rollout = workspace.rollouts.get(link.rollout)
+    if rollout is None:
+        if not isinstance(link.event, journal.Created):
+            return None
+        rollout = workspace.rollouts[link.rollout] = Rollout(link, link.event)
+    if link.seq <= rollout.seq or rollout.broken:
+        return None
+    if link.seq != rollout.seq + 1 or link.prev != rollout.head or link.workspace != workspace.name:
+        rollout.broken = f"link {link.seq} does not continue link {rollout.seq}"
+        workspace.attention.pop(rollout.id, None)
+        return None
+    rollout.seq = link.seq
+    rollout.head = journal.digest(data)
+    rollout.updated_at = link.at
+    _apply(workspace, rollout, link.event, link.at)
+    while rollout.deadlines and _stale(rollout, rollout.deadlines[0]):
+        rollout.deadlines.popleft()
+    if rollout.state in FINAL and rollout.ended_at is None:
+        rollout.ended_at = link.at
+    if rollout.attention:
+        workspace.attention[rollout.id] = None
+    else:
+        workspace.attention.pop(rollout.id, None)
+    return link
+
+
+def entry_for(rollout: Rollout, event: journal.Assigned, assignment: journal.Assignment) -> Entry:
+    """What an assignment tells its host."""
+    running = rollout.created.target
+    if event.returning:
+        running = rollout.hosts[assignment.host].origin
+    return Entry(
+        module=rollout.created.module,
+        running=running,
+        generation=assignment.generation,
+        rollout=rollout.id,
+        expected=assignment.expected,
+        not_after=event.not_after,
+        returning=event.returning,
+    )
+
+
+def _stale(rollout: Rollout, due: tuple[datetime, str, int]) -> bool:
+    progress = rollout.hosts[due[1]]
+    return progress.generation != due[2] or progress.standing not in (Standing.ASSIGNED, Standing.RETURNING)
+
+
+def _apply(workspace: Workspace, rollout: Rollout, event: journal.AnyEvent, at: datetime) -> None:
+    match event:
+        case journal.VerdictGiven(verdict=verdict):
+            rollout.verdicts[verdict.service] = verdict
+            if rollout.state is State.DRAFT and {"eligibility", "delivery"} <= rollout.verdicts.keys():
+                rollout.state = State.READY
+        case journal.Started():
+            _started(workspace, rollout, event, at)
+        case journal.WaveStarted(wave=index):
+            rollout.current = index
+            canary = index == 0 and len(rollout.waves) > 1
+            rollout.waves[index].state = WaveState.CANARY if canary else WaveState.ACTIVE
+        case journal.Assigned():
+            for assignment in event.hosts:
+                _assign(workspace, rollout, event, assignment, at)
+        case journal.Observed(hosts=observations):
+            for observation in observations:
+                _observe(workspace, rollout, observation, at)
+        case journal.PresenceSeen(lost=lost):
+            for host in lost:
+                _lost(rollout, host, at)
+        case journal.Expired(hosts=hosts, refusal=refusal):
+            for host in hosts:
+                _expire(rollout, host, refusal, at)
+        case journal.WaveSoaking(wave=index, until=until):
+            rollout.waves[index].state = WaveState.SOAKING
+            rollout.waves[index].until = until
+        case journal.WaveDone(wave=index):
+            rollout.waves[index].state = WaveState.DONE
+        case journal.WaveFailed(wave=index):
+            rollout.waves[index].state = WaveState.FAILED
+        case journal.WaveInconclusive(wave=index):
+            rollout.waves[index].state = WaveState.INCONCLUSIVE
+        case journal.Paused(reason=reason, operators=by):
+            rollout.state, rollout.reason, rollout.by = State.PAUSED, reason, by
+        case journal.Resumed(reason=reason, operators=by):
+            _resumed(rollout, at)
+            rollout.reason, rollout.by = reason, by
+        case journal.Halted(refusal=refusal):
+            rollout.state, rollout.refusal, rollout.reason = State.HALTED, refusal, refusal.reason
+        case journal.RollingBack(reason=reason, operators=by):
+            rollout.state, rollout.reason, rollout.by = State.ROLLING_BACK, reason, by
+            rollout.again.clear()
+            rollout.to_return = [
+                h for h, p in rollout.hosts.items() if p.generation and workspace.owns(rollout, h)
+            ]
+        case journal.Done():
+            rollout.state = State.DONE
+        case journal.RolledBack() | journal.RollbackIncomplete():
+            complete = isinstance(event, journal.RolledBack)
+            rollout.state = State.ROLLED_BACK if complete else State.ROLLBACK_INCOMPLETE
+            for wave in rollout.waves:
+                if wave.state not in (WaveState.PENDING, WaveState.FAILED):
+                    wave.state = WaveState.ROLLED_BACK
+        case journal.Canceled(reason=reason, operators=by):
+            rollout.state, rollout.reason, rollout.by = State.CANCELED, reason, by
+        case journal.RolloutRefused(refusal=refusal, skipped=skipped):
+            rollout.state, rollout.refusal, rollout.reason = State.CANCELED, refusal, refusal.reason
+            rollout.skipped = skipped
+        case journal.Created():
+            pass  # it made the rollout
+
+
+def _started(workspace: Workspace, rollout: Rollout, event: journal.Started, at: datetime) -> None:
+    rollout.state = State.RUNNING
+    rollout.skipped = dict(event.skipped)
+    rollout.waves = [WaveProgress(planned) for planned in event.waves]
+    for index, wave in enumerate(rollout.waves):
+        for host in wave.hosts:
+            rollout.hosts[host] = HostProgress(host, index, at)
+    rollout.counts[Standing.PENDING] = len(rollout.hosts)
+    if rollout.created.policy is not None:
+        workspace.serials[rollout.created.module] = (rollout.created.policy_serial, rollout.created.policy)
+
+
+def _assign(
+    workspace: Workspace, rollout: Rollout, event: journal.Assigned, assignment: journal.Assignment, at: datetime
+) -> None:  # fmt: skip
+    progress = rollout.hosts[assignment.host]
+    ledger = workspace.ledger(assignment.host)
+    entry = entry_for(rollout, event, assignment)
+    ledger.generation = assignment.generation
+    ledger.entries[entry.module] = entry
+    progress.generation = assignment.generation
+    progress.observations = 0
+    if event.returning:
+        if progress.standing is not Standing.RETURNING:
+            rollout.returned += 1
+            progress.retries = 0
+        rollout.again.pop(assignment.host, None)
+        rollout.move(progress, Standing.RETURNING, at)
+    else:
+        progress.origin = assignment.expected
+        rollout.move(progress, Standing.ASSIGNED, at)
+        _unqueue(rollout, progress)
+    rollout.deadlines.append((event.not_after, assignment.host, assignment.generation))
+
+
+def _unqueue(rollout: Rollout, progress: HostProgress) -> None:
+    rollout.again.pop(progress.host, None)
+    wave = rollout.waves[progress.wave]
+    while wave.next < len(wave.hosts) and not rollout.hosts[wave.hosts[wave.next]].fresh:
+        wave.next += 1
+
+
+def _once_more(rollout: Rollout, progress: HostProgress, at: datetime) -> None:
+    if progress.standing is not Standing.RETURNING:
+        rollout.move(progress, Standing.PENDING, at)
+    rollout.again[progress.host] = None
+
+
+def _observe(workspace: Workspace, rollout: Rollout, seen: Observation, at: datetime) -> None:
+    ledger = workspace.ledger(seen.host)
+    reborn = bool(ledger.incarnation and seen.incarnation and seen.incarnation != ledger.incarnation)
+    if reborn:
+        ledger.past.add(ledger.incarnation)
+        ledger.promoted = {}
+    ledger.incarnation = seen.incarnation or ledger.incarnation
+    ledger.seq = seen.seq if reborn else max(ledger.seq, seen.seq)
+    ledger.promoted[rollout.created.module] = seen.promoted
+    progress = rollout.hosts.get(seen.host)
+    if progress is None:
+        return
+    progress.observations += 1
+    progress.phase, progress.promoted, progress.health = seen.phase, seen.promoted, seen.health
+    progress.refusal, progress.enforcing = seen.refusal, seen.enforcing
+    progress.incarnation = seen.incarnation or progress.incarnation
+    if not workspace.owns(rollout, seen.host):
+        return
+    if reborn and progress.standing in (Standing.ASSIGNED, Standing.PROMOTED):
+        # An agent that lost its disk starts from nothing: what it was told names an incarnation that is gone.
+        if rollout.state in (State.RUNNING, State.PAUSED, State.DONE):
+            _once_more(rollout, progress, at)
+    elif seen.generation == progress.generation:
+        _answer(rollout, progress, seen, at)
+
+
+def _answer(rollout: Rollout, progress: HostProgress, seen: Observation, at: datetime) -> None:
+    mismatch = (
+        seen.phase is Phase.REJECTED and seen.refusal is not None and seen.refusal.code is Code.HOST_EXPECTED
+    )
+    if mismatch and progress.retries == 0 and progress.standing in (Standing.ASSIGNED, Standing.RETURNING):
+        # It said what it really has, so it is asked once more on that ground.
+        progress.retries += 1
+        _once_more(rollout, progress, at)
+        return
+    match progress.standing:
+        case Standing.ASSIGNED:
+            standing = _judge(seen, rollout.created.target)
+            if standing is not None:
+                rollout.move(progress, standing, at)
+        case Standing.PROMOTED if rollout.state is not State.DONE:
+            if _judge(seen, rollout.created.target) is Standing.FAILED:
+                rollout.move(progress, Standing.FAILED, at)
+        case Standing.RETURNING | Standing.STRANDED:
+            # Back is who finished with the entry and runs what it came from, by whichever way.
+            if seen.phase in _FINISHED and seen.promoted == progress.origin:
+                rollout.move(progress, Standing.RETURNED, at)
+            elif seen.phase in _FAILURES:
+                rollout.move(progress, Standing.STRANDED, at)
+        case _:
+            pass
+
+
+def _judge(seen: Observation, target: Running | None) -> Standing | None:
+    """What an answer makes of an assigned host; None while it works."""
+    if seen.phase is Phase.UNCONFIRMED:
+        return Standing.INCONCLUSIVE
+    if seen.phase in _FAILURES:
+        return Standing.FAILED
+    if seen.phase in (Phase.PROMOTED, Phase.REMOVED):
+        # Success is claimed by running exactly the target and being well, not by the name of the phase.
+        good = seen.promoted == target and seen.health not in _UNWELL
+        return Standing.PROMOTED if good else Standing.FAILED
+    return None
+
+
+def _lost(rollout: Rollout, host: str, at: datetime) -> None:
+    progress = rollout.hosts.get(host)
+    if progress is None or rollout.state not in (State.RUNNING, State.PAUSED):
+        return
+    watched = rollout.waves[progress.wave].state is not WaveState.DONE
+    if progress.standing is Standing.ASSIGNED or (progress.standing is Standing.PROMOTED and watched):
+        progress.refusal = Refusal(
+            Code.HOST_LOST, "it vanished during the rollout", "see 'loopback host show' for its last word"
+        )
+        rollout.move(progress, Standing.FAILED, at)
+
+
+def _expire(rollout: Rollout, host: str, refusal: Refusal, at: datetime) -> None:
+    progress = rollout.hosts[host]
+    if progress.standing is Standing.RETURNING:
+        rollout.again.pop(host, None)
+        rollout.move(progress, Standing.STRANDED, at)
+        progress.refusal = refusal
+    elif progress.standing in (Standing.ASSIGNED, Standing.PENDING):
+        rollout.move(progress, Standing.FAILED, at)
+        _unqueue(rollout, progress)
+        progress.refusal = refusal
+
+
+def _resumed(rollout: Rollout, at: datetime) -> None:
+    rollout.state = State.RUNNING
+    wave = rollout.wave
+    if wave is None or wave.state is not WaveState.INCONCLUSIVE:
+        return
+    canary = rollout.current == 0 and len(rollout.waves) > 1
+    wave.state = WaveState.CANARY if canary else WaveState.ACTIVE
+    for host in wave.hosts:
+        if rollout.hosts[host].standing is Standing.INCONCLUSIVE:
+            _once_more(rollout, rollout.hosts[host], at)

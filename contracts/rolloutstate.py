@@ -1,0 +1,236 @@
+"""What a workspace's rollouts are, as folded from their journals by `rolloutfold.fold`.
+
+These are the only mutable values in contracts: a fold over a large fleet cannot copy its state at every link. Nobody but
+`rolloutfold` changes them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from datetime import datetime
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from loopback.contracts import journal
+from loopback.contracts.codes import Refusal
+from loopback.contracts.desired import Running
+from loopback.contracts.messages import RolloutStart, Verdict
+from loopback.contracts.reports import Phase
+
+
+class State(StrEnum):
+    """Where a rollout is."""
+
+    DRAFT = "DRAFT"  # created; eligibility and delivery have not both spoken
+    READY = "READY"  # both have; its time may not have come
+    RUNNING = "RUNNING"
+    PAUSED = "PAUSED"
+    HALTED = "HALTED"
+    ROLLING_BACK = "ROLLING_BACK"
+    DONE = "DONE"
+    ROLLED_BACK = "ROLLED_BACK"
+    ROLLBACK_INCOMPLETE = "ROLLBACK_INCOMPLETE"
+    CANCELED = "CANCELED"
+
+
+#: States in which a rollout has ended.
+FINAL: Final = frozenset({State.DONE, State.ROLLED_BACK, State.ROLLBACK_INCOMPLETE, State.CANCELED})
+#: States in which nobody else may roll the same module out to its hosts.
+HOLDING: Final = frozenset({State.DRAFT, State.READY, State.RUNNING, State.PAUSED, State.ROLLING_BACK})
+
+
+class WaveState(StrEnum):
+    """Where a wave is. The first wave of several is the canary while hosts change."""
+
+    PENDING = "PENDING"
+    CANARY = "CANARY"
+    ACTIVE = "ACTIVE"
+    SOAKING = "SOAKING"
+    DONE = "DONE"
+    FAILED = "FAILED"
+    INCONCLUSIVE = "INCONCLUSIVE"
+    ROLLED_BACK = "ROLLED_BACK"
+
+
+class Standing(StrEnum):
+    """Where one host is in a rollout."""
+
+    PENDING = "pending"
+    ASSIGNED = "assigned"  # in flight
+    PROMOTED = "promoted"
+    FAILED = "failed"
+    INCONCLUSIVE = "inconclusive"
+    RETURNING = "returning"
+    RETURNED = "returned"
+    STRANDED = "stranded"  # told to return, not heard of in time
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a host was last told about one module."""
+
+    module: str
+    running: Running | None
+    generation: int
+    rollout: str
+    expected: Running | None
+    not_after: datetime
+    returning: bool = False
+
+
+class HostLedger:
+    """One host over all rollouts of the workspace: what it was told, what it said."""
+
+    __slots__ = ("entries", "generation", "incarnation", "past", "promoted", "seq")
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.entries: dict[str, Entry] = {}
+        self.promoted: dict[str, Running | None] = {}
+        self.incarnation = ""
+        self.past: set[str] = set()
+        self.seq = 0
+
+
+class HostProgress:
+    """One host in one rollout. `origin` is what it had promoted before, `generation` 0 until it is assigned."""
+
+    __slots__ = (
+        "enforcing", "generation", "health", "host", "incarnation", "observations", "origin", "phase", "promoted",
+        "refusal", "retries", "since", "standing", "wave",
+    )  # fmt: skip
+
+    def __init__(self, host: str, wave: int, since: datetime) -> None:
+        self.host = host
+        self.wave = wave
+        self.since = since
+        self.standing = Standing.PENDING
+        self.generation = 0
+        self.origin: Running | None = None
+        self.retries = 0
+        self.observations = 0
+        self.phase: Phase | None = None
+        self.promoted: Running | None = None
+        self.health: journal.Health = "unknown"
+        self.enforcing = False
+        self.incarnation = ""
+        self.refusal: Refusal | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it still waits for its first turn."""
+        return self.standing is Standing.PENDING and self.generation == 0
+
+
+class WaveProgress:
+    """One wave: its hosts in order, how many stand where, and which is next."""
+
+    __slots__ = ("counts", "hosts", "name", "next", "soak_s", "state", "until")
+
+    def __init__(self, planned: journal.PlannedWave) -> None:
+        self.name = planned.name
+        self.hosts = planned.hosts
+        self.soak_s = planned.soak_s
+        self.state = WaveState.PENDING
+        self.until: datetime | None = None
+        self.next = 0
+        self.counts: Counter[Standing] = Counter({Standing.PENDING: len(planned.hosts)})
+
+    @property
+    def answered(self) -> int:
+        """How many hosts gave an answer that counts, good or bad."""
+        return self.counts[Standing.PROMOTED] + self.counts[Standing.FAILED]
+
+    @property
+    def open(self) -> int:
+        """How many are still to answer."""
+        return self.counts[Standing.PENDING] + self.counts[Standing.ASSIGNED]
+
+
+class Rollout:
+    """One rollout. `head` and `seq` are the chain's end; `broken` says why its journal is not to be believed."""
+
+    def __init__(self, link: journal.Link, created: journal.Created) -> None:
+        self.id = link.rollout
+        self.workspace = link.workspace
+        self.created = created
+        self.start: RolloutStart = created.start()
+        self.created_at = link.at
+        self.updated_at = link.at
+        self.ended_at: datetime | None = None
+        self.state = State.DRAFT
+        self.seq = 0
+        self.head = ""
+        self.broken = ""
+        self.members = frozenset(m.host for m in created.members)
+        self.verdicts: dict[str, Verdict] = {}
+        self.waves: list[WaveProgress] = []
+        self.current = -1
+        self.hosts: dict[str, HostProgress] = {}
+        self.skipped: dict[str, Refusal] = {}
+        self.counts: Counter[Standing] = Counter()
+        self.again: dict[str, None] = {}  # hosts to be asked once more, in order
+        self.deadlines: deque[tuple[datetime, str, int]] = deque()
+        self.to_return: list[str] = []
+        self.returned = 0  # how many of `to_return` were told
+        self.refusal: Refusal | None = None
+        self.reason = ""
+        self.by: tuple[str, ...] = ()
+
+    @property
+    def in_flight(self) -> int:
+        """Hosts that were assigned and have not answered."""
+        return self.counts[Standing.ASSIGNED]
+
+    @property
+    def wave(self) -> WaveProgress | None:
+        """The wave that runs."""
+        return self.waves[self.current] if 0 <= self.current < len(self.waves) else None
+
+    @property
+    def attention(self) -> bool:
+        """Whether there may be something to decide."""
+        if self.broken:
+            return False
+        return self.state in HOLDING or (self.state is State.DONE and bool(self.again))
+
+    @property
+    def trace_id(self) -> str:
+        """The trace of the whole rollout, 32 hex digits, or empty."""
+        parts = self.created.traceparent.split("-")
+        return parts[1] if len(parts) == 4 else ""
+
+    def move(self, progress: HostProgress, standing: Standing, at: datetime) -> None:
+        """Put a host elsewhere, and keep the counts."""
+        if progress.standing is standing:
+            return
+        for counts in (self.counts, self.waves[progress.wave].counts):
+            counts[progress.standing] -= 1
+            counts[standing] += 1
+        progress.standing = standing
+        progress.since = at
+
+
+class Workspace:
+    """Every rollout of a workspace and every host that one of them touched."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rollouts: dict[str, Rollout] = {}
+        self.hosts: dict[str, HostLedger] = {}
+        self.attention: dict[str, None] = {}  # rollouts in which something may be to decide
+        self.serials: dict[str, tuple[int, str]] = {}  # module → last policy serial in use, and its digest
+
+    def ledger(self, host: str) -> HostLedger:
+        """The host's ledger, made when missing."""
+        found = self.hosts.get(host)
+        if found is None:
+            found = self.hosts[host] = HostLedger()
+        return found
+
+    def owns(self, rollout: Rollout, host: str) -> bool:
+        """Whether what the host was last told of the module comes from this rollout."""
+        ledger = self.hosts.get(host)
+        entry = ledger.entries.get(rollout.created.module) if ledger else None
+        return entry is not None and entry.rollout == rollout.id
