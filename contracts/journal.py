@@ -94,10 +94,9 @@ class PlannedWave(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Started(Event, frozen=True, tag="started"):
-    """Both verdicts are good: these hosts, in these waves. `skipped` may not have the version; each says why."""
+    """Both verdicts are good: these hosts, in these waves. Hosts that eligibility refused are in none."""
 
     waves: tuple[PlannedWave, ...]
-    skipped: dict[str, Refusal] = {}
 
 
 class WaveStarted(Event, frozen=True, tag="wave-started"):
@@ -238,7 +237,6 @@ class RolloutRefused(Event, frozen=True, tag="refused"):
     """It never started: a verdict against it, or no host left."""
 
     refusal: Refusal
-    skipped: dict[str, Refusal] = {}
 
 
 AnyEvent = (

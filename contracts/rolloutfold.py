@@ -92,6 +92,8 @@ def _apply(workspace: Workspace, rollout: Rollout, event: journal.AnyEvent, at: 
     match event:
         case journal.VerdictGiven(verdict=verdict):
             rollout.verdicts[verdict.service] = verdict
+            if verdict.service == "eligibility":
+                rollout.skipped = {h: why for h, why in verdict.refused.items() if h in rollout.members}
             if rollout.state is State.DRAFT and {"eligibility", "delivery"} <= rollout.verdicts.keys():
                 rollout.state = State.READY
         case journal.Started():
@@ -131,9 +133,10 @@ def _apply(workspace: Workspace, rollout: Rollout, event: journal.AnyEvent, at: 
         case journal.RollingBack(reason=reason, operators=by):
             rollout.state, rollout.reason, rollout.by = State.ROLLING_BACK, reason, by
             rollout.again.clear()
-            rollout.to_return = [
+            rollout.returns = tuple(
                 h for h, p in rollout.hosts.items() if p.generation and workspace.owns(rollout, h)
-            ]
+            )
+            rollout.to_return = dict.fromkeys(rollout.returns)
         case journal.Done():
             rollout.state = State.DONE
         case journal.RolledBack() | journal.RollbackIncomplete():
@@ -144,16 +147,14 @@ def _apply(workspace: Workspace, rollout: Rollout, event: journal.AnyEvent, at: 
                     wave.state = WaveState.ROLLED_BACK
         case journal.Canceled(reason=reason, operators=by):
             rollout.state, rollout.reason, rollout.by = State.CANCELED, reason, by
-        case journal.RolloutRefused(refusal=refusal, skipped=skipped):
+        case journal.RolloutRefused(refusal=refusal):
             rollout.state, rollout.refusal, rollout.reason = State.CANCELED, refusal, refusal.reason
-            rollout.skipped = skipped
         case journal.Created():
             pass  # it made the rollout
 
 
 def _started(workspace: Workspace, rollout: Rollout, event: journal.Started, at: datetime) -> None:
     rollout.state = State.RUNNING
-    rollout.skipped = dict(event.skipped)
     rollout.waves = [WaveProgress(planned) for planned in event.waves]
     for index, wave in enumerate(rollout.waves):
         for host in wave.hosts:
@@ -175,8 +176,8 @@ def _assign(
     progress.observations = 0
     if event.returning:
         if progress.standing is not Standing.RETURNING:
-            rollout.returned += 1
             progress.retries = 0
+        rollout.to_return.pop(assignment.host, None)
         rollout.again.pop(assignment.host, None)
         rollout.move(progress, Standing.RETURNING, at)
     else:
@@ -279,7 +280,10 @@ def _lost(rollout: Rollout, host: str, at: datetime) -> None:
 
 def _expire(rollout: Rollout, host: str, refusal: Refusal, at: datetime) -> None:
     progress = rollout.hosts[host]
-    if progress.standing is Standing.RETURNING:
+    if rollout.state is State.ROLLING_BACK and (
+        progress.standing is Standing.RETURNING or refusal.code is Code.ELIGIBILITY_NO_RECORD
+    ):
+        rollout.to_return.pop(host, None)
         rollout.again.pop(host, None)
         rollout.move(progress, Standing.STRANDED, at)
         progress.refusal = refusal

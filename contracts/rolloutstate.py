@@ -172,8 +172,8 @@ class Rollout:
         self.counts: Counter[Standing] = Counter()
         self.again: dict[str, None] = {}  # hosts to be asked once more, in order
         self.deadlines: deque[tuple[datetime, str, int]] = deque()
-        self.to_return: list[str] = []
-        self.returned = 0  # how many of `to_return` were told
+        self.returns: tuple[str, ...] = ()  # whom a rollback takes back
+        self.to_return: dict[str, None] = {}  # those of them who were not told yet, in order
         self.refusal: Refusal | None = None
         self.reason = ""
         self.by: tuple[str, ...] = ()

@@ -1,0 +1,262 @@
+"""What happens next in a rollout: `decide(workspace, rollout, now, recorded)`.
+
+Pure: no clock, no randomness, no I/O. It looks only at the folded journal, so every replica decides alike, and after a kill
+the next one goes on where the journal ends. It answers with the next few links; once they are folded it is asked again,
+until it has nothing more to say. Rules:
+
+1. Failed and vanished hosts both count against their wave, also after the wave is done, until the rollout ends.
+2. A wave of errors is never complete: a wave that has hosts needs at least one success.
+3. A host's deadline turns its silence into failure.
+4. No verdict below the minimum sample (or the whole wave, where that is smaller).
+5. At most `max_unavailable` of the hosts are in flight; one always may be.
+6. An inconclusive answer is neither: where it decides, the rollout pauses for a person.
+7. The way back is fast: it neither soaks nor waits for shares.
+
+Cost: in proportion to the hosts that change, not to the fleet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from datetime import datetime, timedelta
+from itertools import chain, islice
+from typing import Final
+
+from loopback.contracts import journal, rolloutplan
+from loopback.contracts.codes import Code, Refusal
+from loopback.contracts.rolloutstate import Rollout, Standing, State, WaveProgress, WaveState, Workspace
+
+BATCH_HOSTS: Final = (
+    900  # hosts per decision: an atomic batch holds 1000 messages, one per host and the links
+)
+_MOVING: Final = (WaveState.CANARY, WaveState.ACTIVE, WaveState.SOAKING)
+
+Events = tuple[journal.AnyEvent, ...]
+
+
+def decide(workspace: Workspace, rollout: Rollout, now: datetime, recorded: Container[str]) -> Events:
+    """The next links of a rollout, to be written together; empty while there is nothing to do.
+
+    `recorded` answers whether a host still has a signed record; without one it cannot be told anything.
+    """
+    if rollout.broken:
+        return ()
+    match rollout.state:
+        case State.DRAFT | State.READY:
+            return _begin(rollout, now)
+        case State.RUNNING | State.PAUSED | State.ROLLING_BACK:
+            if expired := _expired(rollout, now):
+                return (journal.Expired(hosts=expired, refusal=_DEADLINE),)
+            if rollout.state is State.ROLLING_BACK:
+                return _return(workspace, rollout, now, recorded)
+            if failed := _failed(rollout):
+                return failed
+            return _run(workspace, rollout, now, recorded) if rollout.state is State.RUNNING else ()
+        case State.DONE if now < rollout.start.scope.not_after:
+            return _assign(workspace, rollout, list(rollout.again)[:BATCH_HOSTS], now, recorded)
+        case _:
+            return ()
+
+
+def due(rollout: Rollout) -> datetime | None:
+    """When there is something to decide even if nothing is reported until then; None for never."""
+    match rollout.state:
+        case State.DRAFT:
+            return rollout.start.scope.not_after
+        case State.READY:
+            return rollout.start.scope.not_before
+        case State.RUNNING | State.PAUSED | State.ROLLING_BACK:
+            times = [rollout.deadlines[0][0]] if rollout.deadlines else []
+            wave = rollout.wave
+            soaking = wave is not None and wave.state is WaveState.SOAKING and not wave.open
+            if rollout.state is State.RUNNING and soaking and wave is not None and wave.until is not None:
+                times.append(wave.until)
+            return min(times, default=None)
+        case _:
+            return None
+
+
+_DEADLINE: Final = Refusal(
+    Code.HOST_DEADLINE,
+    "it gave no final answer within its deadline",
+    "look at the host: 'loopback host show'",
+)
+_NO_RECORD: Final = Refusal(
+    Code.ELIGIBILITY_NO_RECORD, "it has no signed record any more", "add it again with 'loopback host add'"
+)
+
+
+def _begin(rollout: Rollout, now: datetime) -> Events:
+    scope = rollout.start.scope
+    if now >= scope.not_after:
+        return _refuse(
+            Code.SCOPE_EXPIRED, f"its time ended at {scope.not_after.isoformat()} before it could start",
+            "check that eligibility and delivery run, and start it again",
+        )  # fmt: skip
+    if not scope.absent:  # taking a module away needs neither a release nor a permission
+        if rollout.state is State.DRAFT:
+            return ()
+        for verdict in rollout.verdicts.values():
+            if verdict.refusal is not None:
+                return (journal.RolloutRefused(refusal=verdict.refusal),)
+    if now < scope.not_before:
+        return ()
+    eligible = [m for m in rollout.created.members if m.host not in rollout.skipped]
+    waves = rolloutplan.plan(rollout.start.waves, eligible)
+    if not waves[0].hosts:
+        reasons = sorted({f"{r.code}: {r.reason}" for r in rollout.skipped.values()})
+        what = (
+            f"none of the {len(rollout.members)} selected hosts may have it"
+            if not eligible
+            else f"no host of the first wave {waves[0].name!r} may have it"
+        )
+        return _refuse(
+            Code.ROLLOUT_NO_HOSTS, f"{what} ({'; '.join(reasons[:3])})",
+            "see 'loopback eligibility explain HOST MODULE'",
+        )  # fmt: skip
+    return (journal.Started(waves=waves),)
+
+
+def _refuse(code: Code, reason: str, next_step: str) -> Events:
+    return (journal.RolloutRefused(refusal=Refusal(code, reason, next_step)),)
+
+
+def _overdue(rollout: Rollout) -> Refusal:
+    return Refusal(
+        Code.SCOPE_EXPIRED,
+        "the time that its operator signed for is over",
+        f"start a new rollout for the rest, or 'loopback rollout abort {rollout.id}'",
+    )
+
+
+def _expired(rollout: Rollout, now: datetime) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for deadline, host, generation in rollout.deadlines:
+        if deadline > now or len(found) >= BATCH_HOSTS:
+            break
+        progress = rollout.hosts[host]
+        if progress.generation == generation and progress.standing in (Standing.ASSIGNED, Standing.RETURNING):
+            found[host] = None
+    return tuple(found)
+
+
+def allowed(rollout: Rollout, wave: WaveProgress) -> int:
+    """How many of a wave's hosts may fail."""
+    return rolloutplan.share(rollout.start.gates.max_failed, len(wave.hosts))
+
+
+def capacity(rollout: Rollout) -> int:
+    """How many hosts may be in flight at once."""
+    return max(1, rolloutplan.share(rollout.start.max_unavailable, len(rollout.hosts)))
+
+
+def _failed(rollout: Rollout) -> Events:
+    for index, wave in enumerate(rollout.waves[: rollout.current + 1]):
+        failed, limit = wave.counts[Standing.FAILED], allowed(rollout, wave)
+        sample = min(rollout.start.gates.min_sample, len(wave.hosts))
+        too_many = failed > limit and wave.answered >= sample
+        all_bad = failed > 0 and failed == len(wave.hosts)
+        if not (too_many or all_bad):
+            continue
+        first = next(p for h in wave.hosts if (p := rollout.hosts[h]).standing is Standing.FAILED)
+        why = first.refusal.reason if first.refusal else f"it reported {first.phase} and {first.health}"
+        refusal = Refusal(
+            first.refusal.code if first.refusal else Code.MODULE_UNHEALTHY,
+            f"wave {wave.name!r} failed: {failed} of {wave.answered} hosts that answered, {limit} may; "
+            f"first {first.host!r}: {why}",
+            f"see 'loopback rollout show {rollout.id}'",
+        )
+        events: list[journal.AnyEvent] = [
+            journal.WaveFailed(wave=index, failed=failed, answered=wave.answered, allowed=limit),
+            journal.Halted(refusal=refusal),
+        ]
+        if rollout.start.scope.on_failure == "rollback":
+            events.append(journal.RollingBack(reason=refusal.reason))
+        return tuple(events)
+    return ()
+
+
+def _run(workspace: Workspace, rollout: Rollout, now: datetime, recorded: Container[str]) -> Events:
+    wave = rollout.wave
+    if wave is None:
+        return (journal.WaveStarted(wave=0),)
+    room = min(capacity(rollout) - rollout.in_flight, BATCH_HOSTS)
+    doubtful = wave.counts[Standing.FAILED] + wave.counts[Standing.INCONCLUSIVE] > allowed(rollout, wave)
+    # Once doubts outnumber what may fail, only hosts that the sample still needs are touched.
+    sampling = wave.counts[Standing.INCONCLUSIVE] == 0 and wave.answered < rollout.start.gates.min_sample
+    if room > 0 and (not doubtful or sampling):
+        hosts = list(islice(_queue(rollout, wave), room))
+        if hosts:
+            if now >= rollout.start.scope.not_after:
+                return (journal.Halted(refusal=_overdue(rollout)),)
+            return _assign(workspace, rollout, hosts, now, recorded)
+    if rollout.in_flight or wave.state not in _MOVING:
+        return ()
+    if wave.state is WaveState.SOAKING:
+        if wave.open or wave.until is None or now < wave.until:
+            return ()
+        return _next(rollout)
+    return _settle(rollout, wave, now, doubtful)
+
+
+def _queue(rollout: Rollout, wave: WaveProgress) -> Iterator[str]:
+    yield from rollout.again
+    for index in range(wave.next, len(wave.hosts)):
+        if rollout.hosts[wave.hosts[index]].fresh:
+            yield wave.hosts[index]
+
+
+def _settle(rollout: Rollout, wave: WaveProgress, now: datetime, doubtful: bool) -> Events:
+    """Nobody is in flight and nobody more is to be asked: what the wave has come to."""
+    inconclusive = wave.counts[Standing.INCONCLUSIVE]
+    no_success = bool(wave.hosts) and not wave.counts[Standing.PROMOTED]
+    if inconclusive and (doubtful or no_success):
+        reason = f"wave {wave.name!r} is inconclusive: {inconclusive} hosts could not confirm the change"
+        return (
+            journal.WaveInconclusive(wave=rollout.current, inconclusive=inconclusive),
+            journal.Paused(reason=reason),
+        )
+    if wave.soak_s > 0 and wave.hosts:
+        until = now + timedelta(seconds=wave.soak_s)
+        return (journal.WaveSoaking(wave=rollout.current, until=until),)
+    return _next(rollout)
+
+
+def _next(rollout: Rollout) -> Events:
+    done = journal.WaveDone(wave=rollout.current)
+    if rollout.current + 1 < len(rollout.waves):
+        return (done, journal.WaveStarted(wave=rollout.current + 1))
+    return (done, journal.Done())
+
+
+def _assign(
+    workspace: Workspace, rollout: Rollout, hosts: list[str], now: datetime, recorded: Container[str],
+    *, returning: bool = False,
+) -> Events:  # fmt: skip
+    if missing := tuple(h for h in hosts if h not in recorded):
+        return (journal.Expired(hosts=missing, refusal=_NO_RECORD),)
+    if not hosts:
+        return ()
+    module = rollout.created.module
+    found = []
+    for host in hosts:
+        ledger = workspace.hosts.get(host)
+        generation = (ledger.generation if ledger else 0) + 1
+        expected = ledger.promoted.get(module) if ledger else None
+        found.append(journal.Assignment(host, generation, expected))
+    not_after = now + timedelta(seconds=rollout.start.host_deadline_s)
+    return (
+        journal.Assigned(
+            wave=max(rollout.current, 0), hosts=tuple(found), not_after=not_after, returning=returning
+        ),
+    )
+
+
+def _return(workspace: Workspace, rollout: Rollout, now: datetime, recorded: Container[str]) -> Events:
+    left = list(islice(chain(rollout.to_return, rollout.again), BATCH_HOSTS))
+    if left:
+        return _assign(workspace, rollout, left, now, recorded, returning=True)
+    if rollout.counts[Standing.RETURNING]:
+        return ()
+    stranded = tuple(h for h in rollout.returns if rollout.hosts[h].standing is not Standing.RETURNED)
+    return (journal.RollbackIncomplete(hosts=stranded),) if stranded else (journal.RolledBack(),)
