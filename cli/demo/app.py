@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,21 +61,19 @@ async def _play(out: Path, show: Timeline, kernel_refuses: str) -> tuple[Story, 
     return story, finished
 
 
-async def _residue(before: set[str], bpf: Path) -> list[str]:
+def _residue(before: set[str], bpf: Path) -> list[str]:
     """What the demo left in the kernel, after giving it time to free what nobody refers to."""
-    left: list[str] = []
-    try:
-        async with asyncio.timeout(VANISH_S):
-            while left := [
-                *network.namespaces(),
-                *network.pins(bpf),
-                *([f"mount {bpf}"] if os.path.ismount(bpf) else []),
-                *sorted(network.kernel_objects() - before),
-            ]:
-                await asyncio.sleep(0.2)
-    except TimeoutError:
-        return left
-    return left
+    deadline = time.monotonic() + VANISH_S
+    while True:
+        left = [
+            *network.namespaces(),
+            *network.pins(bpf),
+            *([f"mount {bpf}"] if os.path.ismount(bpf) else []),
+            *sorted(network.kernel_objects() - before),
+        ]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.2)
 
 
 def demo_command(
@@ -109,7 +108,7 @@ def demo_command(
             network.move_this_process(network.CONTROL)
             story, finished = asyncio.run(_play(out, show, refuses))
         finally:
-            residue = asyncio.run(_clean(before, out))
+            residue = _clean(before, out)
         assert story is not None  # an error above has left already
         summary = story.summary
         summary.residue = residue
@@ -128,10 +127,10 @@ def demo_command(
     sys.exit(0 if held else 1)
 
 
-async def _clean(before: set[str], out: Path) -> list[str]:
+def _clean(before: set[str], out: Path) -> list[str]:
     network.remove()
     network.unmount_bpf(out / "bpf")
-    return await _residue(before, out / "bpf")
+    return _residue(before, out / "bpf")
 
 
 def _shown(path: Path) -> str:
