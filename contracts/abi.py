@@ -163,3 +163,18 @@ def decode(body: bytes) -> Frame:
         return _DECODER.decode(body)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise Refused(Code.MODULE_ABI, f"not an ABI frame: {error}") from None
+
+
+class _Numbered(msgspec.Struct, frozen=True):
+    id: int
+
+
+_NUMBERED = msgspec.msgpack.Decoder(_Numbered)
+
+
+def id_of(body: bytes) -> int:
+    """The id of a frame whose verb is unknown here, so that it can be answered. Raises Refused(MODULE_ABI)."""
+    try:
+        return _NUMBERED.decode(body).id
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise Refused(Code.MODULE_ABI, f"not an ABI frame: {error}") from None
