@@ -1,0 +1,132 @@
+"""Which of the things that hosts and other services say are worth a link in a rollout's journal.
+
+Pure. Most reports change nothing that a decision could rest on; those stay out of the journal. What is a fact is judged
+against the folded journal, so a report that is repeated, late or delivered to another replica is recognised everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from loopback.contracts import journal
+from loopback.contracts.journal import Observation
+from loopback.contracts.messages import Presence, Verdict
+from loopback.contracts.reports import FINAL, ModuleStatus, Phase, Status
+from loopback.contracts.rolloutstate import HostLedger, HostProgress, Standing, State, Workspace
+
+MAX_OBSERVATIONS: Final = (
+    100  # links' worth of one host per assignment: a host that flaps cannot flood the journal
+)
+_WORTH: Final = FINAL | {Phase.TRIAL, Phase.IDLE}
+_UNWELL: Final = frozenset({"degraded", "failed"})
+
+
+def observations(workspace: Workspace, status: Status) -> list[tuple[str, Observation]]:
+    """What a verified status adds to the journals: (rollout id, observation) for each module that a rollout moved."""
+    ledger = workspace.hosts.get(status.host)
+    if ledger is None or status.incarnation in ledger.past:
+        return []
+    if status.incarnation == ledger.incarnation and status.seq <= ledger.seq:
+        return []
+    reborn = bool(ledger.incarnation) and status.incarnation != ledger.incarnation
+    said = {m.module: m for m in status.modules}
+    found = []
+    for module, entry in ledger.entries.items():
+        rollout = workspace.rollouts[entry.rollout]
+        progress = rollout.hosts.get(status.host)
+        report = said.get(module)
+        if report is None and reborn:
+            report = ModuleStatus(module=module, phase=Phase.IDLE, generation=0)
+        if report is None or progress is None or rollout.broken:
+            continue
+        if reborn or _news(ledger, module, progress, report):
+            found.append((rollout.id, _observation(status, report)))
+    return found
+
+
+def _news(ledger: HostLedger, module: str, progress: HostProgress, report: ModuleStatus) -> bool:
+    if progress.observations >= MAX_OBSERVATIONS:
+        return False
+    if report.promoted != ledger.promoted.get(module):
+        return True
+    if report.generation != progress.generation or report.phase not in _WORTH:
+        return False
+    code = report.refusal.code if report.refusal else None
+    known = progress.refusal.code if progress.refusal else None
+    if progress.observations == 0 or report.phase is not progress.phase or code != known:
+        return True
+    return (report.health in _UNWELL) != (
+        progress.health in _UNWELL
+    ) or report.enforcing != progress.enforcing
+
+
+def _observation(status: Status, report: ModuleStatus) -> Observation:
+    return Observation(
+        host=status.host,
+        phase=report.phase,
+        generation=report.generation,
+        incarnation=status.incarnation,
+        seq=status.seq,
+        promoted=report.promoted,
+        health=report.health,
+        enforcing=report.enforcing,
+        refusal=report.refusal,
+    )
+
+
+def presence(workspace: Workspace, seen: Presence) -> list[str]:
+    """The rollouts for which it matters that this host vanished or came back."""
+    found = []
+    for rollout_id in workspace.attention:
+        rollout = workspace.rollouts[rollout_id]
+        progress = rollout.hosts.get(seen.host)
+        if progress is None or rollout.state not in (State.RUNNING, State.PAUSED):
+            continue
+        if seen.lost and progress.standing in (Standing.ASSIGNED, Standing.PROMOTED):
+            found.append(rollout_id)
+    return found
+
+
+def verdict(workspace: Workspace, seen: Verdict) -> bool:
+    """Whether a verdict is the first of its service for a rollout that waits for it."""
+    rollout = workspace.rollouts.get(seen.rollout)
+    return (
+        rollout is not None
+        and rollout.state is State.DRAFT
+        and seen.workspace == workspace.name
+        and seen.service not in rollout.verdicts
+    )
+
+
+def events(
+    workspace: Workspace, statuses: Iterable[Status], presences: Iterable[Presence], verdicts: Iterable[Verdict],
+) -> Mapping[str, list[journal.AnyEvent]]:  # fmt: skip
+    """The links for everything that came in: at most one of a kind per rollout. What is no news is left out.
+
+    Of several statuses of one host the newest counts; a later call finds the earlier ones out of date.
+    """
+    seen: dict[str, dict[str, Observation]] = {}
+    for status in statuses:
+        for rollout_id, observation in observations(workspace, status):
+            hosts = seen.setdefault(rollout_id, {})
+            before = hosts.get(status.host)
+            if (
+                before is None
+                or before.incarnation != observation.incarnation
+                or before.seq < observation.seq
+            ):
+                hosts[status.host] = observation
+    found: dict[str, list[journal.AnyEvent]] = {}
+    for given in {(v.rollout, v.service): v for v in verdicts if verdict(workspace, v)}.values():
+        found.setdefault(given.rollout, []).append(journal.VerdictGiven(verdict=given))
+    for rollout_id, hosts in seen.items():
+        found.setdefault(rollout_id, []).append(journal.Observed(hosts=tuple(hosts.values())))
+    lost: dict[str, dict[str, bool]] = {}
+    for change in presences:
+        for rollout_id in presence(workspace, change):
+            lost.setdefault(rollout_id, {})[change.host] = change.lost
+    for rollout_id, changes in lost.items():
+        gone = tuple(h for h, is_lost in changes.items() if is_lost)
+        found.setdefault(rollout_id, []).append(journal.PresenceSeen(lost=gone))
+    return found
