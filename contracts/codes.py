@@ -98,6 +98,8 @@ class Code(StrEnum):
     REPORT_MALFORMED = "report.malformed"
     REPORT_UNKNOWN_HOST = "report.unknown-host"
     REPORT_IMPERSONATION = "report.impersonation"
+    # a person's own files
+    CONFIG_INVALID = "config.invalid"
 
 
 class Refusal(msgspec.Struct, frozen=True, omit_defaults=True):
