@@ -87,7 +87,7 @@ class Bus:
             "servers": settings.url.split(","),
             "user_credentials": str(settings.creds),
             "name": f"loopback-{identity.name}-{settings.instance}",
-            "inbox_prefix": subjects.inbox(identity.name),
+            "inbox_prefix": subjects.inbox(subjects.untoken(identity.name)),
             "connect_timeout": 3,
             "reconnect_time_wait": RECONNECT_WAIT_S,
             "max_reconnect_attempts": -1,
@@ -250,10 +250,10 @@ class Bus:
     async def _attempts(self, what: str, subject: str) -> AsyncIterator[int]:
         """Attempts until RETRY_S have passed, each only while connected. Raises Forbidden after the broker's refusal."""
         deadline = time.monotonic() + RETRY_S
-        self._denied.discard(subject)
+        self._denied.discard(subject.lower())
         for number in range(1_000_000):
             if number:
-                if subject in self._denied:
+                if subject.lower() in self._denied:
                     raise Forbidden(f"{self.name} may not {what}")
                 self.retried.add(1)
                 await asyncio.sleep(min(0.1 * number, 1.0))
@@ -383,8 +383,8 @@ class Bus:
             self.failed.set_result(f"the broker closed the connection of {self.name} for good")
 
     async def _on_error(self, error: Exception) -> None:
-        words = str(error)
-        if "ermissions violation for publish" in words.lower():
+        words = str(error)  # in lower case, as the client library hands it on
+        if "permissions violation for publish" in words:
             self._denied.add(words.split('"')[1] if '"' in words else words)
         log.warning("%s: %s", self.name, words or type(error).__name__)
 
