@@ -1,0 +1,308 @@
+"""What happens on a command, on a change that may change offers, and on a rollout."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Final
+
+import msgspec
+from opentelemetry import metrics, trace
+
+from loopback.contracts import events, journal, subjects
+from loopback.contracts.codes import Code, Refusal, Refused
+from loopback.contracts.keys import PublicKey
+from loopback.contracts.messages import EntitlementPut, HostPut, Offer, Record, Verdict, WorkspacePut
+from loopback.services._runtime import streams, tracing
+from loopback.services._runtime.bus import Bus, Conflict, Outgoing, Stored
+from loopback.services._runtime.commands import Accepted, CommandContext
+from loopback.services.eligibility import decide
+from loopback.services.eligibility.store import INPUTS, Fleet, Host, Source
+
+NAME: Final = "eligibility"
+OFFERS_IN_FLIGHT: Final = 32  # publishes at once while a change is worked through a large fleet
+MAX_ADDRESSES: Final = 64  # per host; they travel inside every desired state
+MAX_VERDICT: Final = 700_000  # bytes, below the broker's message limit; above it reasons give way to codes
+
+
+class Handlers:
+    """The service's hands; every method bears being called again with the same message."""
+
+    def __init__(self, bus: Bus, fleet: Fleet, tracer: trace.Tracer, meter: metrics.Meter) -> None:
+        self._bus = bus
+        self._fleet = fleet
+        self._tracer = tracer
+        self._offers = meter.create_counter("loopback_eligibility_offers", description="Offers published")
+        self._verdicts = meter.create_counter(
+            "loopback_eligibility_verdicts", description="Verdicts on rollouts, by outcome"
+        )
+
+    # Commands
+
+    async def put_workspace(self, context: CommandContext) -> Accepted:
+        """A workspace: its stream first, then its record, so that whoever sees the record finds the stream."""
+        command = context.command
+        assert isinstance(command, WorkspacePut)
+        if command.workspace == subjects.GLOBAL_WORKSPACE:
+            raise Refused(
+                Code.NAME_INVALID, f"{command.workspace!r} belongs to the system", "choose another name"
+            )
+        stream = subjects.workspace_stream(command.workspace)
+        await streams.ensure_workspace(self._bus, command.workspace)
+        return await self._put(context, "workspace", command.workspace, {"stream": stream})
+
+    async def put_entitlement(self, context: CommandContext) -> Accepted:
+        """An entitlement, new, changed or withdrawn."""
+        command = context.command
+        assert isinstance(command, EntitlementPut)
+        decide.check_entitlement(command)
+        await self._require_workspace(command.workspace)
+        return await self._put(context, "entitlement", command.name, {"module": command.module})
+
+    async def put_host(self, context: CommandContext) -> Accepted:
+        """A host's record. One key names one host, or its reports could be taken for another's."""
+        command = context.command
+        assert isinstance(command, HostPut)
+        check_host(command)
+        await self._require_workspace(command.workspace)
+        await self._fleet.caught_up(self._bus, Source.RECORDS)
+        owner = self._fleet.owner(command.public_key.lower())
+        if owner is not None and owner != (command.workspace, command.host) and not command.absent:
+            raise Refused(
+                Code.COMMAND_CONFLICT,
+                f"public_key: it is already the key of {owner[1]!r} in {owner[0]!r}",
+                "make a key of its own for each host ('loopback host add')",
+            )
+        return await self._put(context, "host", command.host, {})
+
+    async def _require_workspace(self, workspace: str) -> None:
+        if workspace in self._fleet.workspaces:
+            return
+        await self._fleet.caught_up(self._bus, Source.RECORDS)
+        if workspace not in self._fleet.workspaces:
+            raise Refused(
+                Code.WORKSPACE_UNKNOWN,
+                f"there is no workspace {workspace!r}",
+                f"make it with 'loopback workspace put {workspace}'",
+            )
+
+    async def _put(self, context: CommandContext, kind: str, name: str, detail: dict[str, str]) -> Accepted:
+        """Store a record, once: a redelivered command finds its record there, and an older one changes nothing.
+
+        Raises Conflict where another command's record came in between: it is decided again.
+        """
+        workspace, place = context.command.workspace, context.stored.sequence
+        subject = subjects.record(workspace, kind, name)
+        detail = {"kind": kind, "name": name, **detail}
+        known = await self._bus.last(subjects.STREAM_FLEET, subject)
+        newest = msgspec.json.decode(known.data, type=Record).sequence if known else 0
+        if newest > place:
+            return Accepted(detail={**detail, "superseded_by": str(newest)})
+        if newest < place:
+            record = Record(
+                kind=kind,
+                name=name,
+                workspace=workspace,
+                envelope=context.envelope,
+                at=context.now,
+                operators=tuple(context.operators),
+                sequence=place,
+            )
+            await self._bus.publish(
+                _event(
+                    subject,
+                    record,
+                    f"record-{context.command.id}",
+                    context.now,
+                    known.sequence if known else 0,
+                )
+            )
+        return Accepted(detail=detail)
+
+    # Offers
+
+    async def on_record(self, stored: Stored) -> None:
+        """A host's record or an entitlement changed."""
+        parsed = subjects.parse(stored.subject)
+        kind, name = parsed.rest
+        if kind == "host":
+            await self._refresh(stored, lambda: [(parsed.workspace, name)])
+        elif kind == "entitlement":
+            await self._refresh(stored, lambda: self._fleet.hosts_of(parsed.workspace))
+
+    async def on_release(self, stored: Stored) -> None:
+        """A release was published."""
+        await self._refresh(stored, lambda: list(self._fleet.hosts))
+
+    async def on_inventory(self, stored: Stored) -> None:
+        """A host said what it is. Whether it was that host itself is judged when the inventory is folded."""
+        parsed = subjects.parse(stored.subject)
+        await self._refresh(stored, lambda: [(parsed.workspace, parsed.rest[0])])
+
+    async def _refresh(self, stored: Stored, affected: Callable[[], Iterable[Host]]) -> None:
+        """Publish the offers that a change changes, each once, however many replicas see changes at the same time.
+
+        Why nothing is missed: the offers to be replaced are noted first, then the fold catches up with everything stored
+        by now, then each new offer is stored only over the one that was noted. So an offer made from more knowledge is
+        never overwritten from less, and of two changes at once the one handled later is judged with both.
+        """
+        noted = dict(self._fleet.offers)
+        await self._fleet.caught_up(self._bus, *INPUTS)
+        again = await self._publish_offers(stored, list(affected()), noted)
+        while again:
+            await self._fleet.caught_up(self._bus, Source.OFFERS)
+            noted = dict(self._fleet.offers)
+            await self._fleet.caught_up(self._bus, *INPUTS)
+            again = await self._publish_offers(stored, again, noted)
+
+    async def _publish_offers(
+        self, stored: Stored, hosts: Iterable[Host], noted: dict[Host, tuple[int, Offer]]
+    ) -> list[Host]:
+        """Publish what changed; returns the hosts whose offer somebody else changed meanwhile."""
+        now = await self._bus.now()
+        changed = []
+        for host in hosts:
+            sequence, before = noted.get(host, (0, None))
+            offer = self._offer(host, now)
+            if offer.versions != (before.versions if before else ()):
+                changed.append((host, sequence, offer))
+        if not changed:
+            return []
+        lost: list[Host] = []
+        gate = asyncio.Semaphore(OFFERS_IN_FLIGHT)
+
+        async def put(host: Host, sequence: int, offer: Offer) -> None:
+            digest = hashlib.sha256(msgspec.json.encode(offer.versions)).hexdigest()[:16]
+            event_id = f"offer-{subjects.token(host[0])}-{subjects.token(host[1])}-{sequence}-{digest}"
+            async with gate:
+                try:
+                    await self._bus.publish(_event(subjects.offer(*host), offer, event_id, now, sequence))
+                except Conflict:
+                    lost.append(host)
+                else:
+                    self._offers.add(1)
+
+        with tracing.consume_span(
+            self._tracer, stored, group=NAME, attributes={"loopback.offers": len(changed)}
+        ):
+            async with asyncio.TaskGroup() as group:
+                for one in changed:
+                    group.create_task(put(*one))
+        return lost
+
+    def _offer(self, host: Host, now: datetime) -> Offer:
+        fleet = self._fleet
+        return Offer(
+            host=host[1],
+            workspace=host[0],
+            versions=decide.offered(
+                fleet.hosts.get(host),
+                fleet.inventories.get(host),
+                fleet.entitlements_of(host[0]),
+                fleet.releases.values(),
+            ),
+            at=now,
+        )
+
+    # Rollouts
+
+    async def on_created(self, stored: Stored) -> None:
+        """A rollout was created: say which of its hosts may not have its version. Said once, whoever says it."""
+        link = journal.decode(stored.data)
+        created = link.event
+        if not isinstance(created, journal.Created):
+            return
+        subject = subjects.verdict(link.workspace, link.rollout, NAME)
+        with tracing.consume_span(
+            self._tracer,
+            stored,
+            group=NAME,
+            attributes={
+                "loopback.rollout.id": link.rollout,
+                "loopback.module": created.module,
+                "loopback.module.version": created.version,
+                "feature_flag.key": created.module,
+            },
+        ) as span:
+            await self._fleet.caught_up(self._bus, *INPUTS)
+            now = await self._bus.now()
+            verdict = fitting(self._verdict(link, created, now))
+            span.set_attribute("loopback.hosts", len(created.members))
+            span.set_attribute("loopback.hosts.refused", len(verdict.refused))
+            event_id = f"verdict-{subjects.token(link.workspace)}-{subjects.token(link.rollout)}-{NAME}"
+            try:
+                await self._bus.publish(_event(subject, verdict, event_id, now, 0))
+            except Conflict:
+                return
+            self._verdicts.add(1, {"outcome": "refused" if verdict.refusal else "given"})
+
+    def _verdict(self, link: journal.Link, created: journal.Created, now: datetime) -> Verdict:
+        fleet = self._fleet
+        given = Verdict(rollout=link.rollout, workspace=link.workspace, service=NAME, at=now)
+        if created.target is None:
+            return given  # taking a module away needs no entitlement
+        release = fleet.releases.get((created.module, created.package))
+        if release is None or release.version != created.version:
+            return msgspec.structs.replace(given, refusal=decide.no_release(created.module, created.version))
+        hosts = [member.host for member in created.members]
+        refused = decide.refused_hosts(
+            hosts,
+            {h: fleet.hosts[link.workspace, h] for h in hosts if (link.workspace, h) in fleet.hosts},
+            {
+                h: fleet.inventories[link.workspace, h]
+                for h in hosts
+                if (link.workspace, h) in fleet.inventories
+            },
+            fleet.entitlements_of(link.workspace),
+            release,
+        )
+        return msgspec.structs.replace(given, refused=refused)
+
+
+def check_host(command: HostPut) -> None:
+    """Refuse a record that would not work. Raises Refused(COMMAND_MALFORMED) naming the field."""
+    decide.check_labels(command.labels)
+    try:
+        PublicKey.parse(command.public_key)
+    except Refused as error:
+        raise Refused(
+            Code.COMMAND_MALFORMED, f"public_key: {error.reason}", "give the host's key in hex"
+        ) from None
+    if len(command.addresses) > MAX_ADDRESSES:
+        raise Refused(
+            Code.COMMAND_MALFORMED,
+            f"addresses: {len(command.addresses)} are more than the {MAX_ADDRESSES} allowed",
+            "name fewer",
+        )
+    for address in command.addresses:
+        try:
+            ipaddress.ip_interface(address)
+        except ValueError:
+            raise Refused(
+                Code.COMMAND_MALFORMED,
+                f"addresses: {address[:60]!r} is no IP address",
+                "write it like 192.0.2.7 or 2001:db8::7",
+            ) from None
+
+
+def fitting(verdict: Verdict) -> Verdict:
+    """The verdict, with bare codes where thousands of reasons would not fit into one message."""
+    if len(msgspec.json.encode(verdict)) <= MAX_VERDICT:
+        return verdict
+    return msgspec.structs.replace(
+        verdict, refused={host: Refusal(refusal.code, "") for host, refusal in verdict.refused.items()}
+    )
+
+
+def _event(subject: str, body: msgspec.Struct, event_id: str, at: datetime, expected: int) -> Outgoing:
+    about = ".".join(subject.split(".")[4:])  # escaped, since names may hold what a header may not
+    kind = str(body.__struct_config__.tag)
+    return Outgoing(
+        subject,
+        msgspec.json.encode(body),
+        events.headers(event_id=event_id, source=NAME, event_type=kind, subject=about, at=at),
+        expected_subject_seq=expected,
+    )
