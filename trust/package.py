@@ -1,0 +1,443 @@
+"""Packages: `.lbm`, an uncompressed ustar archive in one canonical form.
+
+There is exactly one archive for a set of files: members sorted by name, regular files only, fixed owner, mode and time.
+A reader rebuilds each header from name and size and compares bytes, so links, devices, folders, extensions (pax, GNU, sparse),
+odd modes, duplicates and hidden data have no encoding at all. Files under `bin/` are executable, no other is.
+`module.toml` is the manifest, `digests.json` maps every other file to its SHA-256.
+
+Verification steps, in order: 1 size of the archive · 2 canonical headers and safe names · 3 caps on members and sizes ·
+4 end of archive, nothing behind it · 5 every content against `digests.json`, none missing, none more · 6 the manifest.
+Nothing is written to a destination before all of them held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from loopback.contracts.codes import Code, Refused
+from loopback.trust import manifest as manifests
+from loopback.trust.manifest import Manifest
+
+MAX_PACKAGE: Final = 64 * 1024 * 1024  # bytes; the firewall has under 1 MiB
+MAX_MEMBERS: Final = 2000
+MAX_FILE: Final = 32 * 1024 * 1024  # bytes of one member
+MAX_DIGESTS: Final = 512 * 1024  # bytes; 2000 members of 200 bytes
+MAX_FOLDERS: Final = 256  # all of them are open while unpacking; the usual limit is 1024 open files
+MAX_NAME: Final = 200  # bytes of a member's whole path
+MAX_DEPTH: Final = 16  # folders within folders
+MANIFEST: Final = "module.toml"
+DIGESTS: Final = "digests.json"
+SUFFIX: Final = ".lbm"
+
+_BLOCK: Final = 512
+_READ: Final = 1024 * 1024  # bytes hashed at a time
+_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+_KINDS = {
+    b"\0": "an old-style file",
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"5": "a folder",
+    b"6": "a FIFO",
+}
+_NEW_BUILD = "build the package again with 'loopback module build'"
+
+
+class Member(msgspec.Struct, frozen=True):
+    """One file: `offset` of its content in the archive and `size`, in bytes."""
+
+    path: str
+    offset: int
+    size: int
+
+
+class PackageInfo(msgspec.Struct, frozen=True):
+    """A verified package. `digest` is the SHA-256 of the archive, `digests` that of its `digests.json`, both in hex."""
+
+    manifest: Manifest
+    digest: str
+    size: int
+    members: tuple[Member, ...]
+    digests: str
+
+
+def build(files: Mapping[str, bytes], manifest: Manifest) -> bytes:
+    """The archive of these files (path → content) and this manifest; the same input gives the same bytes.
+
+    Raises Refused(PACKAGE_UNSAFE_MEMBER | PACKAGE_TOO_LARGE) for what no reader would accept.
+    """
+    if MANIFEST in files or DIGESTS in files:
+        raise Refused(
+            Code.PACKAGE_UNSAFE_MEMBER, f"{MANIFEST} and {DIGESTS} are made by the build, not passed as files"
+        )
+    whole = {**files, MANIFEST: manifest.to_toml()}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in whole.items()}
+    whole[DIGESTS] = json.dumps(digests, sort_keys=True, indent=0).encode()
+    parts: list[bytes] = []
+    previous = ""
+    for name in sorted(whole):
+        check_name(name, previous)
+        data = whole[name]
+        _check_member_size(name, len(data))
+        parts += (header(name, len(data)), data, bytes(-len(data) % _BLOCK))
+        previous = name
+    _check_tree(list(whole))
+    archive = b"".join(parts) + bytes(2 * _BLOCK)
+    if len(archive) > MAX_PACKAGE or len(whole) > MAX_MEMBERS:
+        raise _too_large(f"{len(whole)} files in {len(archive)} bytes")
+    return archive
+
+
+def inspect(package: Path, *, sha256: str | None = None) -> PackageInfo:
+    """Verify a package completely without unpacking it.
+
+    `sha256` is the archive's digest where it is known. Raises Refused: PACKAGE_DIGEST, PACKAGE_TRUNCATED,
+    PACKAGE_MALFORMED, PACKAGE_UNSAFE_MEMBER, PACKAGE_TOO_LARGE, MANIFEST_*.
+    """
+    with _open(package) as file:
+        return _inspect(file, package.name, sha256)[0]
+
+
+def extract(package: Path, into: Path, *, sha256: str | None = None) -> PackageInfo:
+    """Verify a package and unpack it into the new folder `into`, durably.
+
+    The folder must not exist; it appears whole, or not at all where something is refused (a kill can leave a part of it:
+    unpack below a temporary name and rename). Raises Refused like `inspect`, FileExistsError, OSError from the disk.
+    """
+    with _open(package) as file:
+        info, digests = _inspect(file, package.name, sha256)
+        parent = os.open(into.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            os.mkdir(into.name, 0o755, dir_fd=parent)
+            try:
+                _write(file, info.members, digests, parent, into.name)
+                os.fsync(parent)
+            except BaseException:
+                shutil.rmtree(into.name, ignore_errors=True, dir_fd=parent)
+                raise
+        finally:
+            os.close(parent)
+    return info
+
+
+def verify_tree(folder: Path, *, digests: str | None = None) -> None:
+    """Check an unpacked package against its `digests.json`, before anything in it is started.
+
+    `digests` is the SHA-256 of `digests.json` as `extract` returned it; without it only accidents are found, not somebody
+    who rewrote both. Nothing may be missing or added: run Python with PYTHONDONTWRITEBYTECODE=1.
+    Raises Refused(PACKAGE_DIGEST | PACKAGE_UNSAFE_MEMBER | PACKAGE_MALFORMED).
+    """
+    next_step = "install the package again"
+    try:
+        root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise Refused(Code.PACKAGE_DIGEST, f"{folder} cannot be read: {error.strerror}", next_step) from None
+    try:
+        found = dict(_hash_tree(root, "", 0))
+        listed_digest = found.pop(DIGESTS, None)
+        if listed_digest is None:
+            raise Refused(Code.PACKAGE_DIGEST, f"{folder} has no {DIGESTS}", next_step)
+        if digests is not None and listed_digest != digests:
+            raise Refused(
+                Code.PACKAGE_DIGEST, f"{folder / DIGESTS} is not the one that was installed", next_step
+            )
+        descriptor = os.open(DIGESTS, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=root)
+        with os.fdopen(descriptor, "rb") as file:
+            listed = _listed(file.read(MAX_DIGESTS + 1), str(folder))
+    finally:
+        os.close(root)
+    if found != listed:
+        wrong = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
+        said = (
+            "is missing"
+            if wrong[0] not in found
+            else "is not listed"
+            if wrong[0] not in listed
+            else "was changed"
+        )
+        raise Refused(Code.PACKAGE_DIGEST, f"{folder / wrong[0]} {said} ({len(wrong)} such files)", next_step)
+
+
+def check_name(name: str, previous: str = "") -> None:
+    """Raises Refused(PACKAGE_UNSAFE_MEMBER) for a path that leaves the folder, is odd, or out of order."""
+    shown = repr(name[:120])
+    if name.startswith("/"):
+        raise _unsafe(f"the member {shown} has an absolute path")
+    segments = name.split("/")
+    if ".." in segments:
+        raise _unsafe(f"the member {shown} climbs out of its folder")
+    if not all(_SEGMENT.fullmatch(segment) for segment in segments):
+        raise _unsafe(f"the member {shown} has a name with other characters than A-Z a-z 0-9 _ . + -")
+    if len(name) > MAX_NAME or len(segments) > MAX_DEPTH:
+        raise _unsafe(f"the member {shown} is over {MAX_NAME} bytes or {MAX_DEPTH} folders deep")
+    if name == previous:
+        raise _unsafe(f"the member {shown} appears twice")
+    if name < previous:
+        raise _unsafe(f"the member {shown} is out of order")
+
+
+def header(name: str, size: int) -> bytes:
+    """The one ustar header of a file with this path and size (POSIX.1-1988, 512 bytes)."""
+    prefix, short = "", name
+    if len(name) > 100:
+        # ustar splits a longer path at a slash; the latest possible one, so that there is only one way
+        at = name.rfind("/", 0, 156)
+        prefix, short = name[:at], name[at + 1 :]
+        if at < 0 or len(short) > 100:
+            raise _unsafe(f"the member {name[:120]!r} has a path that ustar cannot hold")
+    mode = 0o755 if name.startswith("bin/") else 0o644
+    fields = (
+        short.encode().ljust(100, b"\0"),
+        b"%07o\0" % mode,
+        b"%07o\0" % 0,
+        b"%07o\0" % 0,
+        b"%011o\0" % size,
+        b"%011o\0" % 0,
+        b" " * 8,
+        b"0",
+        bytes(100),
+        b"ustar\x0000",
+        bytes(32),
+        bytes(32),
+        b"%07o\0" % 0,
+        b"%07o\0" % 0,
+        prefix.encode().ljust(155, b"\0"),
+        bytes(12),
+    )
+    block = b"".join(fields)
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def _inspect(file: io.BufferedReader, label: str, sha256: str | None) -> tuple[PackageInfo, dict[str, str]]:
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_PACKAGE:
+        raise _too_large(f"{label} has {size} bytes")
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 is not None and digest != sha256:
+        raise Refused(
+            Code.PACKAGE_DIGEST,
+            f"{label} has the digest {digest[:12]}, not {sha256[:12]}",
+            "fetch it again; it was damaged or is another package",
+        )
+    members = tuple(_members(file, label, size))
+    _check_tree([m.path for m in members])
+    by_path = {m.path: m for m in members}
+    for name in (MANIFEST, DIGESTS):
+        if name not in by_path:
+            raise Refused(Code.PACKAGE_MALFORMED, f"{label} holds no {name}", _NEW_BUILD)
+    if by_path[DIGESTS].size > MAX_DIGESTS:
+        raise _too_large(f"{DIGESTS} of {label} has {by_path[DIGESTS].size} bytes")
+    if by_path[MANIFEST].size > manifests.MAX_MANIFEST:
+        raise _too_large(f"{MANIFEST} of {label} has {by_path[MANIFEST].size} bytes")
+    text = b"".join(_content(file, by_path[DIGESTS]))
+    listed = _listed(text, label)
+    if listed.keys() != by_path.keys() - {DIGESTS}:
+        wrong = min(listed.keys() ^ (by_path.keys() - {DIGESTS}))
+        said = "is listed but not there" if wrong in listed else "is there but not listed"
+        raise Refused(Code.PACKAGE_DIGEST, f"{label}: {wrong} {said} in {DIGESTS}", _NEW_BUILD)
+    for member in members:
+        if member.path == DIGESTS:
+            continue
+        found = hashlib.sha256()
+        for part in _content(file, member):
+            found.update(part)
+        if found.hexdigest() != listed[member.path]:
+            raise Refused(
+                Code.PACKAGE_DIGEST, f"{label}: the content of {member.path} was changed", _NEW_BUILD
+            )
+    manifest = manifests.parse(b"".join(_content(file, by_path[MANIFEST])), f"{label}: {MANIFEST}")
+    info = PackageInfo(manifest, digest, size, members, hashlib.sha256(text).hexdigest())
+    return info, {**listed, DIGESTS: info.digests}
+
+
+def _members(file: io.BufferedReader, label: str, size: int) -> Iterator[Member]:
+    """Walk the headers; ends after a proper end of archive."""
+    position, count, previous = 0, 0, ""
+    while True:
+        file.seek(position)
+        block = file.read(_BLOCK)
+        if len(block) < _BLOCK:
+            raise _truncated(label, position + len(block))
+        position += _BLOCK
+        if block == bytes(_BLOCK):
+            rest = file.read(_BLOCK + 1)
+            if len(rest) < _BLOCK and rest == bytes(len(rest)):
+                raise _truncated(label, size)
+            if rest != bytes(_BLOCK):
+                raise Refused(Code.PACKAGE_MALFORMED, f"{label} has data behind its end", _NEW_BUILD)
+            return
+        member = _member(block, position, label)
+        check_name(member.path, previous)
+        if block != header(member.path, member.size):
+            raise Refused(
+                Code.PACKAGE_MALFORMED,
+                f"{label}: the header of {member.path} is not in canonical form (owner, mode, time or an extension)",
+                _NEW_BUILD,
+            )
+        _check_member_size(member.path, member.size)
+        count += 1
+        if count > MAX_MEMBERS:
+            raise _too_large(f"{label} has more than {MAX_MEMBERS} files")
+        padded = member.size + -member.size % _BLOCK
+        if position + padded > size:
+            raise _truncated(label, size)
+        file.seek(position + member.size)
+        if file.read(padded - member.size).strip(b"\0"):
+            raise Refused(Code.PACKAGE_MALFORMED, f"{label}: data is hidden behind {member.path}", _NEW_BUILD)
+        yield member
+        position += padded
+        previous = member.path
+
+
+def _member(block: bytes, offset: int, label: str) -> Member:
+    """What a header block says of name and size, with a refusal that names what it is instead of a file."""
+    if block[257:265] != b"ustar\x0000":
+        raise Refused(
+            Code.PACKAGE_MALFORMED, f"{label} is not a ustar archive at byte {offset - _BLOCK}", _NEW_BUILD
+        )
+    short, prefix = (block[a:b].split(b"\0", 1)[0].decode("latin-1") for a, b in ((0, 100), (345, 500)))
+    name = f"{prefix}/{short}" if prefix else short
+    kind = block[156:157]
+    if kind != b"0":
+        raise _unsafe(
+            f"the member {name[:120]!r} is {_KINDS.get(kind, 'an extension header')}, not a plain file"
+        )
+    digits = block[124:136].rstrip(b"\0 ")
+    if not re.fullmatch(rb"[0-7]{1,11}", digits):
+        raise Refused(Code.PACKAGE_MALFORMED, f"{label}: {name[:120]!r} has no proper size", _NEW_BUILD)
+    return Member(name, offset, int(digits, 8))
+
+
+def _content(file: io.BufferedReader, member: Member) -> Iterator[bytes]:
+    file.seek(member.offset)
+    left = member.size
+    while left:
+        part = file.read(min(left, _READ))
+        if not part:
+            raise _truncated(member.path, member.size - left)
+        left -= len(part)
+        yield part
+
+
+def _write(
+    file: io.BufferedReader, members: tuple[Member, ...], digests: dict[str, str], parent: int, name: str
+) -> None:
+    """Write every member below the folder `name` of the descriptor `parent`, following no link on the way."""
+    with contextlib.ExitStack() as stack:
+        folders: dict[str, int] = {}
+
+        def folder(path: str) -> int:
+            if path not in folders:
+                above, _, last = path.rpartition("/")
+                at = folder(above) if path else parent
+                if path:
+                    os.mkdir(last, 0o755, dir_fd=at)
+                descriptor = os.open(last or name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+                stack.callback(os.close, descriptor)
+                folders[path] = descriptor
+            return folders[path]
+
+        for member in members:
+            above, _, last = member.path.rpartition("/")
+            mode = 0o755 if member.path.startswith("bin/") else 0o644
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(last, flags, mode, dir_fd=folder(above))
+            with os.fdopen(descriptor, "wb") as target:
+                os.fchmod(descriptor, mode)
+                seen = hashlib.sha256()
+                for part in _content(file, member):
+                    seen.update(part)
+                    target.write(part)
+                # the archive could have been changed since it was inspected
+                if seen.hexdigest() != digests[member.path]:
+                    raise Refused(
+                        Code.PACKAGE_DIGEST, f"the content of {member.path} changed while unpacking"
+                    )
+                target.flush()
+                os.fsync(descriptor)
+        for descriptor in reversed(folders.values()):
+            os.fsync(descriptor)
+
+
+def _hash_tree(folder: int, prefix: str, depth: int) -> Iterator[tuple[str, str]]:
+    if depth > MAX_DEPTH:
+        raise _unsafe(f"{prefix} is over {MAX_DEPTH} folders deep")
+    for name in sorted(os.listdir(folder)):
+        path = prefix + name
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            try:
+                yield from _hash_tree(descriptor, path + "/", depth + 1)
+            finally:
+                os.close(descriptor)
+        elif stat.S_ISREG(status.st_mode):
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+            with os.fdopen(descriptor, "rb") as file:
+                yield path, hashlib.file_digest(file, "sha256").hexdigest()
+        else:
+            raise _unsafe(f"{path} is no plain file")
+
+
+def _listed(text: bytes, label: str) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, str])
+    except msgspec.MsgspecError as error:
+        raise Refused(Code.PACKAGE_MALFORMED, f"{label}: {DIGESTS}: {error}", _NEW_BUILD) from None
+
+
+def _check_tree(names: list[str]) -> None:
+    """No name may be a file and a folder at once, and folders are few."""
+    files = set(names)
+    folders: set[str] = set()
+    for name in names:
+        above = name
+        while "/" in above:
+            above = above.rpartition("/")[0]
+            folders.add(above)
+            if above in files:
+                raise _unsafe(f"{above!r} is a file, and {name!r} lies in it")
+    if len(folders) > MAX_FOLDERS:
+        raise _too_large(f"{len(folders)} folders")
+
+
+def _check_member_size(name: str, size: int) -> None:
+    if size > MAX_FILE:
+        raise _too_large(f"the member {name!r} has {size} bytes, over {MAX_FILE}")
+
+
+@contextlib.contextmanager
+def _open(package: Path) -> Iterator[io.BufferedReader]:
+    try:
+        descriptor = os.open(package, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise Refused(Code.PACKAGE_UNKNOWN, f"there is no package {package}") from None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise Refused(Code.PACKAGE_MALFORMED, f"{package} is no plain file")
+        yield file
+
+
+def _unsafe(said: str) -> Refused:
+    return Refused(Code.PACKAGE_UNSAFE_MEMBER, said, "do not install it; ask whoever built it")
+
+
+def _too_large(said: str) -> Refused:
+    return Refused(Code.PACKAGE_TOO_LARGE, f"{said}: over what is accepted")
+
+
+def _truncated(label: str, at: int) -> Refused:
+    return Refused(Code.PACKAGE_TRUNCATED, f"{label} ends early, after {at} bytes", "fetch it again")
