@@ -68,8 +68,7 @@ def due(rollout: Rollout) -> datetime | None:
         case State.RUNNING | State.PAUSED | State.ROLLING_BACK:
             times = [rollout.deadlines[0][0]] if rollout.deadlines else []
             wave = rollout.wave
-            soaking = wave is not None and wave.state is WaveState.SOAKING and not wave.open
-            if rollout.state is State.RUNNING and soaking and wave is not None and wave.until is not None:
+            if rollout.state is State.RUNNING and wave is not None and _soaked(rollout, wave) and wave.until:
                 times.append(wave.until)
             return min(times, default=None)
         case _:
@@ -193,10 +192,14 @@ def _run(workspace: Workspace, rollout: Rollout, now: datetime, recorded: Contai
     if rollout.in_flight or wave.state not in _MOVING:
         return ()
     if wave.state is WaveState.SOAKING:
-        if wave.open or wave.until is None or now < wave.until:
-            return ()
-        return _next(rollout)
+        over = _soaked(rollout, wave) and wave.until is not None and now >= wave.until
+        return _next(rollout) if over else ()
     return _settle(rollout, wave, now, doubtful)
+
+
+def _soaked(rollout: Rollout, wave: WaveProgress) -> bool:
+    """Whether only time is missing: a host that lost its disk may have to be asked again while its wave soaks."""
+    return wave.state is WaveState.SOAKING and not wave.open and not rollout.in_flight
 
 
 def _queue(rollout: Rollout, wave: WaveProgress) -> Iterator[str]:
@@ -210,7 +213,8 @@ def _settle(rollout: Rollout, wave: WaveProgress, now: datetime, doubtful: bool)
     """Nobody is in flight and nobody more is to be asked: what the wave has come to."""
     inconclusive = wave.counts[Standing.INCONCLUSIVE]
     no_success = bool(wave.hosts) and not wave.counts[Standing.PROMOTED]
-    if inconclusive and (doubtful or no_success):
+    too_few = wave.answered < min(rollout.start.gates.min_sample, len(wave.hosts))
+    if inconclusive and (doubtful or no_success or too_few):
         reason = f"wave {wave.name!r} is inconclusive: {inconclusive} hosts could not confirm the change"
         return (
             journal.WaveInconclusive(wave=rollout.current, inconclusive=inconclusive),

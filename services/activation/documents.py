@@ -59,7 +59,7 @@ class Chain:
             subjects.rollout(self.workspace, self.rollout, event.name),
             data,
             events.headers(
-                event_id=f"{self.workspace}/{self.rollout}/{self.seq}",
+                event_id=f"{self.workspace}/{self.rollout}/{self.seq}/{self.head[:16]}",
                 source="activation",
                 event_type=f"rollout.{event.name}",
                 subject=self.rollout,
@@ -120,7 +120,7 @@ def sealed(state: DesiredState, key: SigningKey, traceparent: str) -> Draft:
         subjects.desired(state.workspace, state.host),
         envelope.seal_bytes(envelope.DESIRED, msgspec.json.encode(state), key),
         events.headers(
-            event_id=f"{state.workspace}/{state.host}/{state.generation}",
+            event_id=f"{state.workspace}/{state.host}/{state.generation}/{state.journal_head[:16]}",
             source="activation",
             event_type="desired",
             subject=state.host,

@@ -1,0 +1,157 @@
+"""What must be true of a rollout before it is created: its release, its policy, its peers. Reads only what is passed in.
+
+The pure half of the command handlers; `handlers.py` fetches, this judges. All raise Refused and change nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from datetime import datetime
+
+import msgspec
+
+from loopback.contracts import envelope
+from loopback.contracts.codes import Code, Refused
+from loopback.contracts.messages import Policy, Release, RolloutStart
+from loopback.contracts.rolloutstate import FINAL, HOLDING, Rollout, State, Workspace
+from loopback.contracts.trustdoc import Role, Trust
+
+
+def new(workspace: Workspace, start: RolloutStart, now: datetime) -> None:
+    """Refuse an id that is taken and a scope whose time is over. Raises ROLLOUT_EXISTS, SCOPE_EXPIRED."""
+    if start.rollout in workspace.rollouts:
+        raise Refused(
+            Code.ROLLOUT_EXISTS,
+            f"there is already a rollout {start.rollout!r} in workspace {workspace.name!r}",
+            "choose another id; ids are never used twice",
+        )
+    if start.scope.not_after <= now:
+        raise Refused(
+            Code.SCOPE_EXPIRED,
+            f"scope.not_after: {start.scope.not_after.isoformat()} is over",
+            "sign a new scope",
+        )
+
+
+def peers(workspace: Workspace, start: RolloutStart, hosts: Iterable[str]) -> None:
+    """Refuse a second rollout of the same module on the same hosts. Raises COMMAND_CONFLICT naming the first."""
+    selected = set(hosts)
+    for name in workspace.attention:
+        other = workspace.rollouts[name]
+        if other.created.module != start.module or other.state not in HOLDING:
+            continue
+        if shared := sorted(selected & other.members):
+            more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+            raise Refused(
+                Code.COMMAND_CONFLICT,
+                f"rollout {name!r} of {start.module} is {other.state} and holds host {shared[0]!r}{more}",
+                f"wait for it, or end it with 'loopback rollout abort {name}'",
+            )
+
+
+def release(start: RolloutStart, found: Release | None) -> int:
+    """The package's size. Raises PACKAGE_UNKNOWN, SCOPE_VIOLATION where the catalog says something else of the digest."""
+    digest = start.scope.packages[start.version]
+    if found is None:
+        raise Refused(
+            Code.PACKAGE_UNKNOWN,
+            f"scope.packages[{start.version}]: no release of {start.module!r} has the digest {digest[:12]}…",
+            "publish it with 'loopback module publish', or see 'loopback module list'",
+        )
+    if (found.module, found.version) != (start.module, start.version):
+        raise Refused(
+            Code.SCOPE_VIOLATION,
+            f"scope.packages[{start.version}]: that package is {found.module} {found.version}",
+            "sign the digest that the catalog names for this version",
+        )
+    return found.size
+
+
+def policy(workspace: Workspace, start: RolloutStart, blob: bytes | None, trust: Trust) -> None:
+    """Refuse a policy that is not there, not an author's, not for this module, or older than the last in use.
+
+    Raises BLOB_MISSING, BLOB_DIGEST, POLICY_MALFORMED, POLICY_SERIAL, SCOPE_VIOLATION, COMMAND_UNAUTHORISED or an
+    envelope's own codes.
+    """
+    digest, serial = start.scope.policy, start.scope.policy_serial
+    if digest is None:
+        return
+    if blob is None:
+        raise Refused(
+            Code.BLOB_MISSING,
+            f"scope.policy: the policy {digest[:12]}… is not stored",
+            "store the signed policy before the rollout is started; 'loopback rollout start' does both",
+        )
+    if hashlib.sha256(blob).hexdigest() != digest:
+        raise Refused(Code.BLOB_DIGEST, f"scope.policy: what is stored as {digest[:12]}… is something else")
+    payload, keyids = envelope.open_envelope(envelope.parse(blob), envelope.POLICY, trust.operator_keys)
+    trust.authorise(keyids, Role.AUTHOR, start.workspace)
+    try:
+        found = msgspec.json.decode(payload, type=Policy)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise Refused(
+            Code.POLICY_MALFORMED, f"scope.policy: the signed policy does not read: {error}"
+        ) from None
+    for field, said, wanted in (
+        ("workspace", found.workspace, start.workspace),
+        ("module", found.module, start.module),
+        ("serial", found.serial, serial),
+    ):
+        if said != wanted:
+            raise Refused(
+                Code.SCOPE_VIOLATION,
+                f"scope.policy: its {field} is {said!r}, the command's is {wanted!r}",
+                "sign a policy and a scope that agree",
+            )
+    last, used = workspace.serials.get(start.module, (0, ""))
+    if serial < last or (serial == last and digest != used):
+        raise Refused(
+            Code.POLICY_SERIAL,
+            f"scope.policy_serial: {serial} is not above {last}, the last in use for {start.module!r}",
+            f"sign the policy again with serial {last + 1}",
+        )
+
+
+def find(workspace: Workspace, name: str) -> Rollout:
+    """The rollout. Raises ROLLOUT_UNKNOWN."""
+    found = workspace.rollouts.get(name)
+    if found is None:
+        raise Refused(
+            Code.ROLLOUT_UNKNOWN,
+            f"there is no rollout {name!r} in workspace {workspace.name!r}",
+            "see 'loopback rollout list'",
+        )
+    return found
+
+
+def may_pause(rollout: Rollout) -> None:
+    """Only what runs can pause. Raises ROLLOUT_STATE."""
+    if rollout.state is not State.RUNNING:
+        raise _state(rollout, "pause", "only a running rollout pauses")
+
+
+def may_resume(rollout: Rollout, now: datetime) -> None:
+    """Only what is paused can go on, while its scope lasts. Raises ROLLOUT_STATE, SCOPE_EXPIRED."""
+    if rollout.state is not State.PAUSED:
+        raise _state(rollout, "resume", "only a paused rollout goes on")
+    if now >= rollout.start.scope.not_after:
+        raise Refused(
+            Code.SCOPE_EXPIRED,
+            f"the time that rollout {rollout.id!r} was signed for is over",
+            f"start a new rollout, or 'loopback rollout abort {rollout.id}'",
+        )
+
+
+def may_abort(rollout: Rollout) -> None:
+    """What has ended or is on its way back cannot be aborted. Raises ROLLOUT_STATE."""
+    if rollout.state in FINAL or rollout.state is State.ROLLING_BACK:
+        raise _state(rollout, "abort", "there is nothing left to abort")
+
+
+def _state(rollout: Rollout, verb: str, why: str) -> Refused:
+    return Refused(
+        Code.ROLLOUT_STATE,
+        f"cannot {verb} rollout {rollout.id!r}: it is {rollout.state}, and {why}",
+        f"see 'loopback rollout show {rollout.id}'",
+    )

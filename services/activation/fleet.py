@@ -1,0 +1,96 @@
+"""The signed records that eligibility accepted, as far as activation needs them: which workspaces and hosts there are."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+import msgspec
+
+from loopback.contracts import subjects
+from loopback.contracts.codes import Refused
+from loopback.contracts.envelope import Envelope, payload_of
+from loopback.contracts.keys import PublicKey
+from loopback.contracts.messages import HostPut, Record, WorkspacePut, decode_command
+from loopback.services._runtime.bus import Bus, Stored
+from loopback.services.activation.documents import Environment
+
+log = logging.getLogger(__name__)
+FILTERS: Final = (subjects.record("*", "host", "*"), subjects.record("*", "workspace", "*"))
+
+
+class Host(msgspec.Struct, frozen=True):
+    """One host's record."""
+
+    envelope: Envelope
+    labels: dict[str, str]
+    key: PublicKey
+
+
+class Fleet:
+    """Records, folded. `hosts[workspace][host]` and `environments[workspace]` hold what is there and not withdrawn."""
+
+    def __init__(self) -> None:
+        self.hosts: dict[str, dict[str, Host]] = {}
+        self.environments: dict[str, Environment] = {}
+        self.caught_up = asyncio.Event()
+        self.changed = asyncio.Event()
+        self._sequences: dict[str, int] = {}
+
+    async def run(self, bus: Bus) -> None:
+        """Fold until cancelled."""
+        await bus.fold(
+            subjects.STREAM_FLEET,
+            FILTERS,
+            self.fold,
+            caught_up=self.caught_up,
+            last_per_subject=True,
+            after=self.changed.set,
+        )
+
+    def fold(self, stored: Stored) -> None:
+        """Take one record in; an older one than is known for its subject changes nothing."""
+        if stored.sequence <= self._sequences.get(stored.subject, 0):
+            return
+        self._sequences[stored.subject] = stored.sequence
+        try:
+            record = msgspec.json.decode(stored.data, type=Record)
+            command = decode_command(payload_of(record.envelope))
+            self._take(record, command)
+        except (msgspec.MsgspecError, Refused) as error:
+            log.error(
+                "the record on %s (sequence %d) does not read: %s", stored.subject, stored.sequence, error
+            )
+
+    def _take(self, record: Record, command: object) -> None:
+        match command:
+            case WorkspacePut():
+                self.environments[command.workspace] = command.environment
+            case HostPut(absent=True):
+                self.hosts.get(command.workspace, {}).pop(command.host, None)
+            case HostPut():
+                self.hosts.setdefault(command.workspace, {})[command.host] = Host(
+                    record.envelope, dict(command.labels), PublicKey.parse(command.public_key)
+                )
+            case _:
+                log.error("a record of kind %r holds a %s", record.kind, type(command).__name__)
+
+    async def refresh(self, bus: Bus, workspace: str, host: str) -> None:
+        """Read one host's record from the stream's leader: the fold may be a moment behind."""
+        found = await bus.last(subjects.STREAM_FLEET, subjects.record(workspace, "host", host))
+        if found is not None:
+            self.fold(found)
+
+    async def refresh_workspace(self, bus: Bus, workspace: str) -> bool:
+        """The same for a workspace's record; whether it exists."""
+        if workspace not in self.environments:
+            found = await bus.last(subjects.STREAM_FLEET, subjects.record(workspace, "workspace", workspace))
+            if found is not None:
+                self.fold(found)
+        return workspace in self.environments
+
+    def key(self, workspace: str, host: str) -> PublicKey | None:
+        """The key that the record names."""
+        found = self.hosts.get(workspace, {}).get(host)
+        return found.key if found else None

@@ -1,0 +1,55 @@
+"""The engines of all workspaces: one is started for each workspace that eligibility has a record of."""
+
+from __future__ import annotations
+
+import asyncio
+
+from opentelemetry import trace
+
+from loopback.contracts.codes import Code, Refused
+from loopback.contracts.keys import SigningKey
+from loopback.services._runtime.bus import Bus
+from loopback.services.activation.engine import Engine
+from loopback.services.activation.fleet import Fleet
+from loopback.services.activation.store import Store
+
+
+class Workspaces:
+    """Engines by workspace; their tasks live in the service's task group."""
+
+    def __init__(
+        self, bus: Bus, fleet: Fleet, key: SigningKey, tracer: trace.Tracer, group: asyncio.TaskGroup
+    ) -> None:
+        self.bus = bus
+        self.fleet = fleet
+        self.key = key
+        self.tracer = tracer
+        self.group = group
+        self.engines: dict[str, Engine] = {}
+
+    async def run(self) -> None:
+        """Start an engine for every workspace that there is or comes, until cancelled."""
+        while True:
+            await self.fleet.changed.wait()
+            self.fleet.changed.clear()
+            for workspace in list(self.fleet.environments):
+                self._ensure(workspace)
+
+    def _ensure(self, workspace: str) -> Engine:
+        found = self.engines.get(workspace)
+        if found is None:
+            store = Store(self.bus, workspace)
+            found = Engine(self.bus, store, self.fleet, self.key, self.tracer)
+            self.engines[workspace] = found
+            self.group.create_task(found.run(), name=f"rollouts of {workspace}")
+        return found
+
+    async def engine(self, workspace: str) -> Engine:
+        """The engine of a workspace. Raises Refused(WORKSPACE_UNKNOWN)."""
+        if not await self.fleet.refresh_workspace(self.bus, workspace):
+            raise Refused(
+                Code.WORKSPACE_UNKNOWN,
+                f"there is no workspace {workspace!r}",
+                "make it with 'loopback workspace put'",
+            )
+        return self._ensure(workspace)
