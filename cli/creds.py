@@ -110,6 +110,7 @@ def _service(name: str, *publish: str) -> tuple[tuple[str, ...], tuple[str, ...]
         (
             *_reads(subjects.STREAM_TUF, subjects.STREAM_BLOBS),
             f"$JS.API.STREAM.INFO.{subjects.STREAM_COMMANDS}",
+            "$JS.API.INFO",
             "$JS.API.STREAM.NAMES",
             f"lb.ws.*.journal.{name}.>",
             f"_INBOX.{OPERATOR}.>",

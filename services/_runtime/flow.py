@@ -24,6 +24,7 @@ ACK_WAIT_S: Final = 5  # a killed replica's message goes to another after this l
 PROGRESS_S: Final = 1.5  # how often a handler that takes longer says so
 FIRST_DELAY_S: Final = 0.2
 LONGEST_DELAY_S: Final = 30.0
+DRAIN_S: Final = 3.0
 AGAIN_S: Final = 0.2
 MISSING_S: Final = 0.5
 
@@ -186,6 +187,10 @@ async def consume(
                     raise
                 log.info("consumer %s of %s asks anew: %s", durable, stream, lost)
                 await asyncio.sleep(AGAIN_S)
+            except asyncio.CancelledError:
+                if busy:  # let what is under way finish; what does not is given back
+                    await asyncio.wait(busy, timeout=DRAIN_S)
+                raise
             finally:
                 bus.unregister(pull)
                 await pull.close()
