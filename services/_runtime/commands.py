@@ -297,7 +297,7 @@ class Desk:
                     "result",
                     progress,
                     now,
-                    known.sequence if known else 0,
+                    expected,
                 ),
                 self._event(
                     subjects.journal(place, self._name, event),
