@@ -1,0 +1,418 @@
+"""`loopback rollout`: plan, start, watch and steer rollouts."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from loopback.cli import context, fleetio, rolloutfile, rolloutview
+from loopback.cli.rolloutfile import RolloutFile
+from loopback.contracts import envelope, rolloutplan, subjects
+from loopback.contracts.codes import Code, Refused
+from loopback.contracts.messages import (
+    HostPut,
+    Policy,
+    Release,
+    RolloutAbort,
+    RolloutPause,
+    RolloutResume,
+    RolloutStart,
+    Scope,
+    WorkspacePut,
+)
+from loopback.contracts.rolloutfold import fold
+from loopback.contracts.rolloutstate import FINAL, Rollout, State, Workspace
+from loopback.modules.firewall import policy as firewall
+
+EXIT_CODES: Final = {
+    State.DONE: 0,
+    State.ROLLED_BACK: 3,
+    State.HALTED: 4,
+    State.PAUSED: 4,
+    State.ROLLBACK_INCOMPLETE: 5,
+    State.CANCELED: 6,
+}
+CLOCK_SLACK: Final = timedelta(minutes=5)  # by which an operator's clock may be ahead of the broker's
+POLICY_READERS: Final[dict[str, Callable[[Path], bytes]]] = {
+    "firewall": lambda path: firewall.to_json(firewall.load(path).plain)
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Rollouts: bring a version and a policy to hosts, wave by wave.\n\n"
+    "Exit codes of 'watch' and 'start --watch': 0 DONE · 3 ROLLED_BACK · 4 HALTED or PAUSED (a person is needed) · "
+    "5 ROLLBACK_INCOMPLETE · 6 CANCELED or refused by eligibility or delivery · 2 the command itself was refused.",
+)
+
+File = Annotated[Path, typer.Argument(help="The rollout file (YAML).")]
+Id = Annotated[str, typer.Argument(metavar="ROLLOUT", help="The rollout's id.")]
+In = Annotated[str | None, typer.Option("--workspace", help="Its workspace; needed if there are several.")]
+Why = Annotated[str, typer.Option(help="A line for the journal.")]
+Serial = Annotated[
+    int | None,
+    typer.Option("--policy-serial", help="Serial of the policy; without it, one above the last in use."),
+]
+
+
+async def folded(session: context.Session, workspace: str) -> Workspace:
+    """A workspace's rollouts, as they are now."""
+    state = Workspace(workspace)
+    stream = subjects.workspace_stream(workspace)
+    for message in await session.read(stream, [subjects.rollout(workspace, "*", "*")]):
+        fold(state, message.data)
+    return state
+
+
+def find(state: Workspace, rollout: str) -> Rollout:
+    """The rollout. Raises Refused(ROLLOUT_UNKNOWN)."""
+    if rollout not in state.rollouts:
+        raise Refused(
+            Code.ROLLOUT_UNKNOWN,
+            f"there is no rollout {rollout!r} in workspace {state.name!r}",
+            "see 'loopback rollout list'",
+        )
+    return state.rollouts[rollout]
+
+
+# Planning and starting
+
+
+class _Prepared(msgspec.Struct):
+    command: RolloutStart
+    policy: bytes | None
+    hosts: dict[str, dict[str, str]]
+
+
+def _content(file: RolloutFile) -> bytes | None:
+    """The policy's content as JSON; checked by the module's own reader where this installation knows the module."""
+    if file.policy is None:
+        return None
+    reader = POLICY_READERS.get(file.module)
+    if reader is not None:
+        return reader(file.policy)
+    data = file.policy.read_bytes()
+    try:
+        msgspec.json.decode(data)
+    except msgspec.DecodeError as error:
+        raise Refused(
+            Code.POLICY_MALFORMED, f"{file.policy}: not JSON: {error}", "policies of this module are JSON"
+        ) from None
+    return data
+
+
+async def _release(session: context.Session, file: RolloutFile) -> Release | None:
+    if file.absent:
+        return None
+    found = [
+        msgspec.json.decode(m.data, type=Release)
+        for m in await session.read(subjects.STREAM_CATALOG, [subjects.catalog(file.module, "*")], last=True)
+    ]
+    for release in found:
+        if release.version == file.version:
+            return release
+    known = ", ".join(sorted(r.version for r in found)) or "none"
+    raise Refused(
+        Code.PACKAGE_UNKNOWN,
+        file.place(f"version: there is no release of {file.module} {file.version}; published: {known}"),
+        "publish it with 'loopback module publish'",
+    )
+
+
+async def prepare(session: context.Session, file: RolloutFile, serial: int | None) -> _Prepared:
+    """The signed-to-be command for a file, and its signed policy. Raises Refused naming file and line."""
+    content = _content(file)
+    release = await _release(session, file)
+    fields = context.new_command_fields(file.workspace)
+    policy = None
+    number = 0
+    if content is not None:
+        if serial is None:
+            state = await folded(session, file.workspace)
+            used = [
+                r.created.policy_serial for r in state.rollouts.values() if r.created.module == file.module
+            ]
+            serial = max(used, default=0) + 1
+        number = serial
+        signed = Policy(
+            workspace=file.workspace,
+            module=file.module,
+            name=file.policy.stem if file.policy else "",
+            serial=number,
+            content=msgspec.Raw(content),
+            issued_at=fields["issued_at"],
+        )
+        policy = envelope.seal_bytes(envelope.POLICY, msgspec.json.encode(signed), session.context.key)
+        envelope.parse(policy)  # what nobody could read is refused here
+    scope = Scope(
+        workspace=file.workspace,
+        module=file.module,
+        packages={release.version: release.digest} if release else {},
+        policy=hashlib.sha256(policy).hexdigest() if policy else None,
+        policy_serial=number,
+        selector=file.selector,
+        not_before=fields["issued_at"] - CLOCK_SLACK,
+        not_after=fields["issued_at"] + file.valid,
+        on_failure=file.on_failure,
+        absent=file.absent,
+    )
+    command = RolloutStart(
+        **fields,
+        rollout=file.rollout,
+        module=file.module,
+        version=file.version,
+        waves=file.waves,
+        scope=scope,
+        gates=file.gates,
+        max_unavailable=file.max_unavailable,
+        host_deadline_s=file.host_deadline_s,
+        trial_s=file.trial_s,
+        policy_name=file.policy.stem if file.policy else "",
+    )
+    records = await fleetio.records(session, "host", HostPut, file.workspace)
+    hosts = {record.host: dict(record.labels) for record in records}
+    try:
+        rolloutplan.check(command)
+        rolloutplan.members(command, hosts)
+    except Refused as refused:
+        raise Refused(refused.code, file.place(refused.reason), refused.next_step) from None
+    return _Prepared(command, policy, hosts)
+
+
+@app.command("plan")
+def plan(file: File, policy_serial: Serial = None, json: fleetio.Json = False) -> None:
+    """Show who would get it when, and what the signature would permit at most. Changes nothing."""
+    read = rolloutfile.load(file)
+
+    async def run() -> _Prepared:
+        async with context.connect() as session:
+            return await prepare(session, read, policy_serial)
+
+    found = asyncio.run(run())
+    command, scope = found.command, found.command.scope
+    members = rolloutplan.members(command, found.hosts)
+    waves = rolloutplan.plan(command.waves, members)
+    at_once = max(1, rolloutplan.share(command.max_unavailable, len(members)))
+    exposure = {
+        "hosts": sorted(m.host for m in members),
+        "packages": scope.packages,
+        "absent": scope.absent,
+        "policy_serial": scope.policy_serial,
+        "until": scope.not_after,
+        "roles_needed": ["releaser", *(["author"] if found.policy else [])],
+    }
+    if json:
+        fleetio.print_json(
+            {
+                "rollout": command.rollout,
+                "workspace": command.workspace,
+                "module": command.module,
+                "version": command.version,
+                "waves": [{"name": w.name, "hosts": list(w.hosts), "soak_s": w.soak_s} for w in waves],
+                "at_once": at_once,
+                "exposure": exposure,
+            }
+        )
+        return
+    typer.echo(f"{command.rollout}: {command.module} {command.version or 'absent'} in {command.workspace}")
+    for wave in waves:
+        soak = f", then {wave.soak_s:g} s of soak" if wave.soak_s else ""
+        typer.echo(f"  {wave.name}: {len(wave.hosts)} hosts{soak}: {', '.join(wave.hosts[:8])}"
+                   + (" …" if len(wave.hosts) > 8 else ""))  # fmt: skip
+    typer.echo(f"  at most {at_once} in flight; a silent host fails after {command.host_deadline_s:g} s")
+    typer.echo("exposure: whoever stole activation's key could, until the scope ends,")
+    what = "take the module away from" if scope.absent else f"bring {', '.join(scope.packages)} to"
+    with_policy = f", with this policy (serial {scope.policy_serial})" if found.policy else ""
+    typer.echo(
+        f"  {what} these {len(members)} hosts at once{with_policy}, until {scope.not_after:%Y-%m-%d %H:%M} UTC; nothing else"
+    )
+    typer.echo(f"next: loopback rollout start {file} --watch", err=True)
+
+
+@app.command("start")
+def start(
+    file: File,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay and show progress until it ends.")] = False,
+    policy_serial: Serial = None,
+    json: fleetio.Json = False,
+) -> None:
+    """Sign a rollout and its policy, store the policy, and start it."""
+    read = rolloutfile.load(file)
+
+    async def run() -> int:
+        async with context.connect() as session:
+            found = await prepare(session, read, policy_serial)
+            if found.policy is not None:
+                await session.put_blob(found.policy)
+            try:
+                result = await session.send(found.command, "activation")
+            except Refused as refused:
+                raise Refused(refused.code, read.place(refused.reason), refused.next_step) from None
+            if json and not watch:
+                fleetio.print_json(
+                    {"rollout": read.rollout, "workspace": read.workspace, "detail": result.detail}
+                )
+            if not watch:
+                typer.echo(
+                    f"rollout {read.rollout} is created for {result.detail.get('hosts')} hosts", err=True
+                )
+                typer.echo(
+                    f"next: loopback rollout watch {read.rollout} --workspace {read.workspace}", err=True
+                )
+                return 0
+            return await _watch(session, read.workspace, read.rollout, json)
+
+    raise typer.Exit(asyncio.run(run()))
+
+
+# Steering
+
+
+def _steer(command: type[RolloutPause | RolloutResume | RolloutAbort], rollout: str, workspace: str | None,
+           reason: str, said: str, json: bool) -> None:  # fmt: skip
+    async def run() -> str:
+        async with context.connect() as session:
+            place = await fleetio.only_workspace(session, workspace)
+            fields = context.new_command_fields(place)
+            await session.send(command(**fields, rollout=rollout, reason=reason), "activation")
+            return place
+
+    place = asyncio.run(run())
+    if json:
+        fleetio.print_json({"rollout": rollout, "workspace": place, "accepted": said})
+    typer.echo(f"rollout {rollout} {said}", err=True)
+    typer.echo(f"next: loopback rollout watch {rollout} --workspace {place}", err=True)
+
+
+@app.command("pause")
+def pause(rollout: Id, workspace: In = None, reason: Why = "", json: fleetio.Json = False) -> None:
+    """Take no new hosts; those in flight finish."""
+    _steer(RolloutPause, rollout, workspace, reason, "is paused", json)
+
+
+@app.command("resume")
+def resume(rollout: Id, workspace: In = None, reason: Why = "", json: fleetio.Json = False) -> None:
+    """Go on; hosts that were inconclusive are asked again."""
+    _steer(RolloutResume, rollout, workspace, reason, "goes on", json)
+
+
+@app.command("abort")
+def abort(rollout: Id, workspace: In = None, reason: Why = "", json: fleetio.Json = False) -> None:
+    """End it and take the updated hosts back to what they came from."""
+    _steer(RolloutAbort, rollout, workspace, reason, "is aborted; its hosts return", json)
+
+
+# Looking
+
+
+@app.command("list")
+def list_rollouts(workspace: In = None, json: fleetio.Json = False) -> None:
+    """Every rollout, oldest first."""
+
+    async def run() -> list[Rollout]:
+        async with context.connect() as session:
+            places = [workspace] if workspace else [
+                w.workspace for w in await fleetio.records(session, "workspace", WorkspacePut)
+            ]  # fmt: skip
+            return [r for place in places for r in (await folded(session, place)).rollouts.values()]
+
+    found = [rolloutview.summary(r) for r in sorted(asyncio.run(run()), key=lambda r: r.created_at)]
+    if json:
+        fleetio.print_json(found)
+        return
+    fleetio.table(
+        ("ROLLOUT", "WORKSPACE", "MODULE", "VERSION", "STATE", "HOSTS", "PROMOTED", "FAILED", "CREATED"),
+        [
+            (r["rollout"], r["workspace"], r["module"], r["version"], r["state"], str(r["hosts"]), str(r["promoted"]),
+             str(r["failed"]), f"{r['created_at']:%Y-%m-%d %H:%M:%S}")
+            for r in found
+        ],
+    )  # fmt: skip
+
+
+@app.command("show")
+def show(rollout: Id, workspace: In = None, json: fleetio.Json = False) -> None:
+    """One rollout: its waves, its hosts, why it is where it is."""
+
+    async def run() -> Rollout:
+        async with context.connect() as session:
+            place = await fleetio.only_workspace(session, workspace)
+            return find(await folded(session, place), rollout)
+
+    found = asyncio.run(run())
+    if json:
+        fleetio.print_json(rolloutview.full(found))
+    else:
+        typer.echo(rolloutview.words(found))
+
+
+@app.command("watch")
+def watch(rollout: Id, workspace: In = None, json: fleetio.Json = False) -> None:
+    """Follow a rollout until it ends or needs a person. Exit codes: see 'loopback rollout --help'."""
+
+    async def run() -> int:
+        async with context.connect() as session:
+            place = await fleetio.only_workspace(session, workspace)
+            find(await folded(session, place), rollout)
+            return await _watch(session, place, rollout, json)
+
+    raise typer.Exit(asyncio.run(run()))
+
+
+def _over(rollout: Rollout | None) -> bool:
+    """Whether nothing more happens without a person."""
+    if rollout is None:
+        return False
+    if rollout.state is State.HALTED:
+        return rollout.start.scope.on_failure == "halt" or not any(
+            p.generation for p in rollout.hosts.values()
+        )
+    return rollout.state in FINAL or rollout.state is State.PAUSED or bool(rollout.broken)
+
+
+async def _watch(session: context.Session, workspace: str, name: str, json: bool) -> int:
+    """Show each event as it comes; on a terminal, a table that redraws itself. Returns the exit code."""
+    state = Workspace(workspace)
+    stream = subjects.workspace_stream(workspace)
+    filters = [subjects.rollout(workspace, name, "*")]
+    end = max((m.sequence for m in await session.read(stream, filters)), default=0)
+    terminal = sys.stdout.isatty() and not json
+    screen: Any = (
+        Live(console=Console(), refresh_per_second=4, transient=False) if terminal else nullcontext()
+    )
+    recent: list[str] = []
+    with screen as display:
+        async for message in session.follow(stream, filters):
+            link = fold(state, message.data)
+            rollout = state.rollouts.get(name)
+            if rollout is None:
+                continue
+            if link is not None and json:
+                typer.echo(msgspec.json.encode(link).decode())
+            elif link is not None and (said := rolloutview.line(rollout, link)):
+                recent.append(said)
+                if not terminal:
+                    typer.echo(said)
+            if display is not None:
+                display.update(rolloutview.live(rollout, recent, datetime.now(UTC)))
+            if message.sequence >= end and _over(rollout):
+                break
+    rollout = find(state, name)
+    if rollout.state not in (State.DONE,):
+        typer.echo(rolloutview.words(rollout), err=True)
+    if rollout.state is State.PAUSED:
+        typer.echo(f"next: loopback rollout resume {name}, or abort {name}", err=True)
+    elif rollout.state is State.HALTED:
+        typer.echo(f"next: loopback rollout abort {name} takes the updated hosts back", err=True)
+    return EXIT_CODES.get(rollout.state, 4)
