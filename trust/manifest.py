@@ -165,10 +165,15 @@ def parse(data: bytes, source: str = "module.toml") -> Manifest:
     return found
 
 
+def check_module_name(name: str, source: str = "module") -> None:
+    """Raises Refused(MANIFEST_INVALID) for what cannot name a module."""
+    if not _NAME.fullmatch(name):
+        raise _invalid(source, f"{name[:80]!r} is not a name of a-z, 0-9 and '-', up to 64 long")
+
+
 def _check(found: Manifest, source: str) -> None:
     module, requires = found.module, found.requires
-    if not _NAME.fullmatch(module.name):
-        raise _invalid(source, f"module.name: {module.name[:80]!r} is not a name of a-z, 0-9 and '-'")
+    check_module_name(module.name, f"{source}: module.name")
     try:
         normal = str(Version(module.version))
     except InvalidVersion:

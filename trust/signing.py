@@ -118,6 +118,13 @@ def target(path: str, data: bytes, custom: Mapping[str, str] | None = None) -> T
     return found
 
 
+def release(path: str, sha256: str, size: int, version: str, channel: str) -> TargetFile:
+    """The target entry of a release; the package's content is the blob of this digest."""
+    found = TargetFile(size, {"sha256": sha256}, path)
+    found.unrecognized_fields["custom"] = {"channel": channel, "version": version}
+    return found
+
+
 def new_snapshot(now: datetime, *, version: int, files: Mapping[str, bytes]) -> Snapshot:
     """A snapshot that names these targets files: role → file bytes."""
     meta = {

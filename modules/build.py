@@ -1,0 +1,145 @@
+"""Building a module's package: Python sources, eBPF objects compiled by clang, manifest, digests.
+
+Input is a module's folder with its `module.toml`; output one `.lbm` file, the same bytes for the same sources and compiler.
+Sources are found where the package `loopback` was imported from, so it works in a checkout and from a wheel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+import loopback
+from loopback.bpf.build import compile_object
+from loopback.contracts.codes import Code, Refused
+from loopback.trust import manifest as manifests
+from loopback.trust import package
+from loopback.trust.manifest import Manifest
+from loopback.trust.repository import write_durably
+
+
+class BuiltPackage(msgspec.Struct, frozen=True):
+    """A package on disk: `digest` is its SHA-256 in hex, `size` in bytes."""
+
+    path: Path
+    digest: str
+    size: int
+    manifest: Manifest
+
+
+def build_module(
+    source_dir: Path, *, version: str | None = None, overlay: Path | None = None, out: Path
+) -> BuiltPackage:
+    """Build the module in `source_dir`.
+
+    `version` replaces the manifest's. `overlay` is a folder whose files replace those at the same path in the package
+    (`lib/loopback/modules/…`), or an eBPF source at its path in `[build].bpf` before it is compiled. `out` is a folder,
+    or a file whose name ends in `.lbm`; it is written only once everything succeeded.
+    Raises Refused naming file, line or field: MANIFEST_*, PACKAGE_*, KERNEL_* from the compiler.
+    """
+    described = source_dir / package.MANIFEST
+    try:
+        manifest = manifests.parse(described.read_bytes(), str(described))
+    except (FileNotFoundError, NotADirectoryError):
+        raise Refused(
+            Code.MANIFEST_INVALID,
+            f"{source_dir} has no {package.MANIFEST}",
+            "name a module's folder, for example modules/firewall",
+        ) from None
+    if version is not None:
+        manifest = manifest.with_version(version)
+    overlaid = _files_below(overlay) if overlay else {}
+    files = _python(manifest, described)
+    with tempfile.TemporaryDirectory(prefix="loopback-build-") as scratch:
+        for index, program in enumerate(manifest.build.bpf):
+            place = Path(scratch) / str(index)
+            files |= _object(source_dir, described, program, overlaid, place)
+    for name, data in overlaid.items():
+        if name in manifest.build.bpf:
+            continue
+        if name not in files:
+            raise Refused(
+                Code.MANIFEST_INVALID,
+                f"{overlay}/{name} replaces nothing: the package has no such file",
+                "give it the path that the file has in the package",
+            )
+        files[name] = data
+    data = package.build(files, manifest)
+    path = (
+        out if out.suffix == package.SUFFIX else out / f"{manifest.name}-{manifest.version}{package.SUFFIX}"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, data)
+    return BuiltPackage(path, hashlib.sha256(data).hexdigest(), len(data), manifest)
+
+
+def _package_root() -> Path:
+    assert loopback.__file__ is not None
+    return Path(loopback.__file__).parent
+
+
+def _python(manifest: Manifest, described: Path) -> dict[str, bytes]:
+    """The listed Python files and folders, with the `__init__.py` of every package above them, below `lib/`."""
+    root = _package_root()
+    files: dict[str, bytes] = {}
+    for listed in manifest.build.python:
+        relative = Path(listed)
+        source = root.parent / relative
+        if relative.is_absolute() or ".." in relative.parts or relative.parts[:1] != (root.name,):
+            raise _field(described, "build.python", f"{listed!r} is no path of the package {root.name!r}")
+        if source.is_file():
+            found = [source]
+        elif source.is_dir():
+            found = sorted(p for p in source.rglob("*.py") if "__pycache__" not in p.parts)
+        else:
+            found = []
+        if not found:
+            raise _field(described, "build.python", f"there is no Python source {source}")
+        above = relative.parent
+        while above.parts:
+            if (root.parent / above / "__init__.py").is_file():
+                found.append(root.parent / above / "__init__.py")
+            above = above.parent
+        for path in found:
+            files[f"lib/{path.relative_to(root.parent).as_posix()}"] = path.read_bytes()
+    return files
+
+
+def _object(
+    source_dir: Path, described: Path, program: str, overlaid: dict[str, bytes], place: Path
+) -> dict[str, bytes]:
+    """One compiled eBPF program, below `bpf/`."""
+    relative = Path(program)
+    if relative.is_absolute() or ".." in relative.parts or not relative.name.endswith(".bpf.c"):
+        raise _field(described, "build.bpf", f"{program!r} is no path of a .bpf.c file")
+    candidates = [base / relative for base in (source_dir, _package_root())]
+    source = next((c for c in candidates if c.is_file()), None)
+    if source is None:
+        raise _field(described, "build.bpf", f"there is no eBPF source {candidates[-1]}")
+    place.mkdir(parents=True)
+    if program in overlaid:
+        # compiled beside copies of its neighbours, so that it finds their headers
+        shutil.copytree(source.parent, place / "source")
+        source = place / "source" / relative.name
+        source.write_bytes(overlaid[program])
+    name = relative.name.removesuffix(".c") + ".o"
+    compile_object(source, place / name)
+    return {f"bpf/{name}": (place / name).read_bytes()}
+
+
+def _files_below(folder: Path) -> dict[str, bytes]:
+    if not folder.is_dir():
+        raise Refused(Code.MANIFEST_INVALID, f"the overlay {folder} is no folder")
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and "__pycache__" not in p.parts
+    }
+
+
+def _field(described: Path, field: str, said: str) -> Refused:
+    return Refused(Code.MANIFEST_INVALID, f"{described}: {field}: {said}", "correct the manifest")
