@@ -32,7 +32,7 @@ from loopback.contracts.messages import (
     WorkspacePut,
 )
 from loopback.contracts.rolloutfold import fold
-from loopback.contracts.rolloutstate import FINAL, Rollout, State, Workspace
+from loopback.contracts.rolloutstate import FINAL, Rollout, State, WaveState, Workspace
 from loopback.modules.firewall import policy as firewall
 
 EXIT_CODES: Final = {
@@ -375,9 +375,9 @@ def _over(rollout: Rollout | None) -> bool:
     if rollout is None:
         return False
     if rollout.state is State.HALTED:
-        return rollout.start.scope.on_failure == "halt" or not any(
-            p.generation for p in rollout.hosts.values()
-        )
+        # After a failed wave the way back follows in the same decision, unless the operator said to halt.
+        failed = any(wave.state is WaveState.FAILED for wave in rollout.waves)
+        return rollout.start.scope.on_failure == "halt" or not failed
     return rollout.state in FINAL or rollout.state is State.PAUSED or bool(rollout.broken)
 
 

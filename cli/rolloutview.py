@@ -142,7 +142,8 @@ def _said(rollout: Rollout, event: journal.AnyEvent) -> str:
 
     match event:
         case journal.Created():
-            return f"created: {event.module} {event.version or 'absent'} for {len(event.members)} hosts, by {', '.join(event.operators)}"
+            what = f"{event.module} {event.version or 'absent'}"
+            return f"created: {what} for {len(event.members)} hosts{_by(event.operators)}"
         case journal.VerdictGiven(verdict=verdict):
             against = f"no: {verdict.refusal.reason}" if verdict.refusal else "yes"
             some = f", but not for {len(verdict.refused)} hosts" if verdict.refused else ""

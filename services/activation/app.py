@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from loopback.contracts import subjects
-from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import RolloutAbort, RolloutPause, RolloutResume, RolloutStart
 from loopback.contracts.trustdoc import Role
 from loopback.services._runtime.commands import serve_commands
 from loopback.services._runtime.service import Service
-from loopback.services._runtime.settings import read_identity
 from loopback.services.activation.fleet import Fleet
 from loopback.services.activation.handlers import Handlers
 from loopback.services.activation.workspaces import Workspaces
@@ -20,9 +18,8 @@ FACTS_AT_ONCE = 64
 async def start(service: Service) -> None:
     """Wire the service together; its tasks run in the service's own group."""
     bus, group = service.bus, service.group
-    key = SigningKey.from_nkey(read_identity(service.settings.creds).seed)
     fleet = Fleet()
-    workspaces = Workspaces(bus, fleet, key, service.tracer, group)
+    workspaces = Workspaces(bus, fleet, service.key, service.tracer, group)
     handlers = Handlers(workspaces, service.trust)
     group.create_task(fleet.run(bus), name="fold records")
     group.create_task(workspaces.run(), name="workspaces")

@@ -21,6 +21,7 @@ from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Presence, Verdict
 from loopback.contracts.reports import Status
 from loopback.contracts.rolloutstate import Rollout
+from loopback.services._runtime import tracing
 from loopback.services._runtime.bus import Bus, Conflict, Unavailable
 from loopback.services.activation import decide as rules
 from loopback.services.activation import documents, facts
@@ -163,9 +164,7 @@ class Engine:
             record_exception=False,
             set_status_on_exception=False,
         ) as span:
-            carrier: dict[str, str] = {}
-            propagate.inject(carrier)
-            drafts = self._drafts(rollout, events, now, carrier.get("traceparent", ""))
+            drafts = self._drafts(rollout, events, now, tracing.traceparent())
             span.set_attribute("messaging.batch.message_count", len(drafts))
             try:
                 await self.store.write(drafts, revision)

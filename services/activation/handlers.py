@@ -12,7 +12,6 @@ from collections import OrderedDict
 from typing import Final
 
 import msgspec
-from opentelemetry import propagate
 
 from loopback.contracts import events, journal, reports, rolloutplan, subjects
 from loopback.contracts.codes import Code, Refused
@@ -27,6 +26,7 @@ from loopback.contracts.messages import (
     Verdict,
 )
 from loopback.contracts.reports import Status
+from loopback.services._runtime import tracing
 from loopback.services._runtime.bus import Outgoing, Stored
 from loopback.services._runtime.commands import Accepted, CommandContext
 from loopback.services._runtime.trustsource import TrustSource
@@ -53,6 +53,7 @@ class Handlers:
         self.bus = workspaces.bus
         self.fleet = workspaces.fleet
         self.trust = trust
+        self.tracer = workspaces.tracer
         self._refused: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
 
     # Commands
@@ -75,9 +76,7 @@ class Handlers:
         members = rolloutplan.members(command, hosts)
         checks.peers(state, command, (m.host for m in members))
         checks.policy(state, command, blob, trust)
-        carrier: dict[str, str] = {}
-        propagate.inject(carrier)
-        traceparent = context.stored.headers.get("traceparent") or carrier.get("traceparent", "")
+        traceparent = context.stored.headers.get("traceparent") or tracing.traceparent()
         created = journal.Created(
             envelope=context.envelope,
             command=command.id,
@@ -92,7 +91,7 @@ class Handlers:
             policy_serial=command.scope.policy_serial,
             traceparent=traceparent,
         )
-        link = self._link(Chain(command.workspace, command.rollout, 0, ""), created, context, carrier)
+        link = self._link(Chain(command.workspace, command.rollout, 0, ""), created, context)
         if len(link.data) > MAX_LINK:
             raise Refused(
                 Code.ROLLOUT_INVALID,
@@ -141,17 +140,13 @@ class Handlers:
         return engine
 
     def _next(self, engine: Engine, name: str, event: journal.AnyEvent, context: CommandContext) -> Accepted:
-        carrier: dict[str, str] = {}
-        propagate.inject(carrier)
         chain = Chain.of(engine.store.state.rollouts[name])
-        link = self._link(chain, event, context, carrier)
+        link = self._link(chain, event, context)
         return Accepted(detail={"rollout": name}, also=(link,), expected_last=engine.store.revision)
 
     @staticmethod
-    def _link(
-        chain: Chain, event: journal.AnyEvent, context: CommandContext, carrier: dict[str, str]
-    ) -> Outgoing:
-        draft = chain.seal(event, context.now, carrier.get("traceparent", ""))
+    def _link(chain: Chain, event: journal.AnyEvent, context: CommandContext) -> Outgoing:
+        draft = chain.seal(event, context.now, tracing.traceparent())
         return Outgoing(draft.subject, draft.data, draft.headers)
 
     async def _release(self, command: RolloutStart) -> Release | None:
@@ -193,7 +188,10 @@ class Handlers:
         except Refused as refused:
             log.warning("a status of %r was dropped: %s", host, refused)
             return
-        await engine.report(report)
+        rollouts = sorted({m.rollout for m in report.modules if m.rollout})
+        about = {"loopback.rollout.id": rollouts[0]} if len(rollouts) == 1 else {}
+        with tracing.consume_span(self.tracer, stored, group="activation-status", attributes=about):
+            await engine.report(report)
 
     async def fact(self, stored: Stored) -> None:
         """Eligibility's or delivery's verdict, telemetry's presence. The bus's permissions say who may write these."""
@@ -210,7 +208,9 @@ class Handlers:
         except (msgspec.MsgspecError, Refused) as error:
             log.error("what is on %s (sequence %d) was dropped: %s", stored.subject, stored.sequence, error)
             return
-        await engine.report(found)
+        about = {"loopback.rollout.id": found.rollout} if isinstance(found, Verdict) else {}
+        with tracing.consume_span(self.tracer, stored, group="activation-facts", attributes=about):
+            await engine.report(found)
 
     async def _refuse(self, stored: Stored, refused: Refused) -> None:
         try:
