@@ -245,7 +245,7 @@ class Story:
             f"denied: {counts.denied_blocked} of {len(bad)} were blocked, {arrived} reached a socket",
         )
 
-        async def counted() -> int:
+        async def counted() -> float:
             dropped = await self._drops() - before
             return dropped if dropped >= len(bad) else 0
 
@@ -423,8 +423,9 @@ class Story:
         known = {"eligibility", "delivery", "activation", "telemetry"}
         trace = self.summary.trace
         trace.spans = len(spans)
-        trace.services = sorted({span.service.removeprefix("loopback-") for span in spans} & known)
-        trace.hosts = sorted({span.host for span in spans if span.host in HOSTS})
+        names = {str(span.resource.get("service.name", "")).removeprefix("loopback-") for span in spans}
+        trace.services = sorted(names & known)
+        trace.hosts = sorted({str(span.resource.get("host.name")) for span in spans} & set(HOSTS))
 
 
 def _ports(ports: tuple[int, ...]) -> str:
