@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine, Iterable
+from typing import Any, Final
 
 from loopback.contracts import subjects
 from loopback.contracts.messages import EntitlementPut, HostPut, WorkspacePut
 from loopback.contracts.trustdoc import Role
+from loopback.services._runtime.bus import Bus
 from loopback.services._runtime.commands import serve_commands
 from loopback.services._runtime.service import Service
 from loopback.services.eligibility.handlers import NAME, Handlers
 from loopback.services.eligibility.store import Fleet, Source
 
-PARALLEL = 4
+PARALLEL: Final = 4  # messages of one kind worked on at once by one replica
 
 
 async def start(service: Service) -> None:
@@ -22,15 +25,7 @@ async def start(service: Service) -> None:
     def workspace_appeared(workspace: str) -> None:
         if workspace not in working:
             working.add(workspace)
-            group.create_task(
-                bus.consume(
-                    subjects.workspace_stream(workspace),
-                    f"{NAME}-created",
-                    [subjects.rollout(workspace, "*", "created")],
-                    handlers.on_created,
-                    parallel=PARALLEL,
-                )
-            )
+            group.create_task(follow_rollouts(bus, workspace, handlers))
 
     working: set[str] = set()
     fleet = Fleet(service.log, workspace_appeared)
@@ -40,7 +35,31 @@ async def start(service: Service) -> None:
         group.create_task(fold)
     for event in ready.values():
         await event.wait()
+    for work in follow_changes(bus, handlers):
+        group.create_task(work)
+    await serve_commands(
+        service,
+        {
+            WorkspacePut: (Role.ADMIN, handlers.put_workspace),
+            EntitlementPut: (Role.ADMIN, handlers.put_entitlement),
+            HostPut: (Role.ADMIN, handlers.put_host),
+        },
+    )
 
+
+async def follow_rollouts(bus: Bus, workspace: str, handlers: Handlers) -> None:
+    """Judge the rollouts of one workspace, for ever."""
+    await bus.consume(
+        subjects.workspace_stream(workspace),
+        f"{NAME}-created",
+        [subjects.rollout(workspace, "*", "created")],
+        handlers.on_created,
+        parallel=PARALLEL,
+    )
+
+
+def follow_changes(bus: Bus, handlers: Handlers) -> Iterable[Coroutine[Any, Any, None]]:
+    """Keep offers true, for ever: one coroutine for each kind of change."""
     changes = (
         (
             subjects.STREAM_FLEET,
@@ -52,12 +71,4 @@ async def start(service: Service) -> None:
         (subjects.STREAM_REPORTS, f"{NAME}-inventories", [Source.INVENTORIES.filter], handlers.on_inventory),
     )
     for stream, durable, filters, handle in changes:
-        group.create_task(bus.consume(stream, durable, filters, handle, parallel=PARALLEL))
-    await serve_commands(
-        service,
-        {
-            WorkspacePut: (Role.ADMIN, handlers.put_workspace),
-            EntitlementPut: (Role.ADMIN, handlers.put_entitlement),
-            HostPut: (Role.ADMIN, handlers.put_host),
-        },
-    )
+        yield bus.consume(stream, durable, filters, handle, parallel=PARALLEL)
