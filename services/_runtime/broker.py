@@ -81,7 +81,7 @@ class Broker:
                 stderr=out,
                 stdin=asyncio.subprocess.DEVNULL,
                 start_new_session=True,  # a terminal's Ctrl-C is for us: services stop before their broker
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=die_with(os.getpid()),
             )
         try:
             async with asyncio.timeout(READY_S):
@@ -160,7 +160,7 @@ class Broker:
         await self.stop()
 
 
-def _die_with(parent: int) -> Callable[[], None]:
+def die_with(parent: int) -> Callable[[], None]:
     """What a child runs before its program: PR_SET_PDEATHSIG, so that no orphan holds the port."""
 
     def ask() -> None:
