@@ -1,0 +1,52 @@
+"""Fixtures for every test: a place with a real broker, embedded or in a container."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from support import EmbeddedPlace, Place
+from support_containers import ContainerPlace, Engine, NoEngine, engine
+
+
+@pytest.fixture(scope="session")
+def container_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A container engine for the whole session; where there is none, its tests are skipped, but never silently in CI."""
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(engine(tmp_path_factory.mktemp("engine")))
+        except NoEngine as reason:
+            if os.environ.get("CI") and shutil.which("dockerd"):
+                pytest.fail(f"a container engine is installed but does not run: {reason}")
+            pytest.skip(f"no container engine: {reason}")
+        yield found
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Place]:
+    """An embedded broker with real credentials and every stream, of this test's own (about 0.1 s)."""
+    place = EmbeddedPlace(tmp_path / "home")
+    try:
+        await place.prepare()
+        yield place
+    finally:
+        await place.close()
+
+
+@pytest.fixture(params=["embedded", "container"])
+async def any_broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Place]:
+    """The same place twice: with the embedded server, and with NATS in a container."""
+    place: Place
+    if request.param == "embedded":
+        place = EmbeddedPlace(tmp_path / "home")
+    else:
+        place = ContainerPlace(tmp_path / "home", request.getfixturevalue("container_engine"))
+    try:
+        await place.prepare()
+        yield place
+    finally:
+        await place.close()
