@@ -4,61 +4,61 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
+from typing import Any, Final
 
 import aiohttp
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
 from loopback.contracts import subjects
+from loopback.services._runtime.bus import Bus
 from loopback.services._runtime.service import Service
 from loopback.services.telemetry import decide
 from loopback.services.telemetry.handlers import NAME, Handlers
 from loopback.services.telemetry.otlp import Forwarder
 from loopback.services.telemetry.store import FleetStore
 
-PARALLEL_REPORTS = 16
-PARALLEL_OTLP = 4
-REPORTS = [f"lb.ws.*.from.*.{kind}" for kind in ("inventory", "status", "heartbeat")]
-OTLP = ["lb.ws.*.from.*.otlp"]
+PARALLEL_REPORTS: Final = 16  # each waits for the broker once, to store the view
+PARALLEL_OTLP: Final = 4
+REPORTS: Final = [f"lb.ws.*.from.*.{kind}" for kind in ("inventory", "status", "heartbeat")]
+OTLP: Final = ["lb.ws.*.from.*.otlp"]
 
 
 async def start(service: Service) -> None:
-    """Fold records and views first, since a report means nothing without its host's key; then work."""
-    bus, group = service.bus, service.group
+    """Fold records and views first, since a report means nothing without its host's key; then work, for ever."""
     store = FleetStore(service.log)
+    await fold(service.bus, store, service.group)
+    register_figures(service.meter, store)
+    async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+        forwarder = Forwarder(service.settings.otlp_endpoint, session)
+        handlers = Handlers(service.bus, store, service.tracer, service.meter, forwarder, time.monotonic)
+        for one in work(service.bus, handlers):
+            group.create_task(one)
+        service.ready.set()
+
+
+async def fold(bus: Bus, store: FleetStore, group: asyncio.TaskGroup) -> None:
+    """Start folding, and return once everything that was stored is known."""
     ready: list[asyncio.Event] = []
 
     def event() -> asyncio.Event:
         ready.append(asyncio.Event())
         return ready[-1]
 
-    for fold in store.folds(bus, event):
-        group.create_task(fold)
-    for one in ready:
-        await one.wait()
-    register_figures(service.meter, store)
-    group.create_task(_work(service, store))
+    for one in store.folds(bus, event):
+        group.create_task(one)
+    for caught_up in ready:
+        await caught_up.wait()
 
 
-async def _work(service: Service, store: FleetStore) -> None:
-    """Reports, OTLP and presence, with one HTTP session for as long as the service runs."""
-    bus = service.bus
-    async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
-        forwarder = Forwarder(service.settings.otlp_endpoint, session)
-        handlers = Handlers(bus, store, service.tracer, service.meter, forwarder, time.monotonic)
-        group.create_task(
-            bus.consume(
-                subjects.STREAM_REPORTS,
-                f"{NAME}-reports",
-                REPORTS,
-                handlers.on_report,
-                parallel=PARALLEL_REPORTS,
-            )
-        )
-        group.create_task(
-            bus.consume(subjects.STREAM_OTLP, f"{NAME}-otlp", OTLP, handlers.on_otlp, parallel=PARALLEL_OTLP)
-        )
-        group.create_task(handlers.watch_presence())
+def work(bus: Bus, handlers: Handlers) -> Iterable[Coroutine[Any, Any, None]]:
+    """Reports, OTLP and presence: one coroutine for each, which runs for ever."""
+    reports, otlp = f"{NAME}-reports", f"{NAME}-otlp"
+    yield bus.consume(
+        subjects.STREAM_REPORTS, reports, REPORTS, handlers.on_report, parallel=PARALLEL_REPORTS
+    )
+    yield bus.consume(subjects.STREAM_OTLP, otlp, OTLP, handlers.on_otlp, parallel=PARALLEL_OTLP)
+    yield handlers.watch_presence()
 
 
 def register_figures(meter: Meter, store: FleetStore) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 import msgspec
@@ -46,6 +47,9 @@ class Handlers:
         self._forwarder = forwarder
         self._clock = clock
         self._journalled: dict[tuple[Host, Code], float] = {}
+        self._look = asyncio.Event()
+        self._next_look: datetime | None = None
+        store.changed = self._look_sooner
         self._reports = meter.create_counter(
             "loopback_telemetry_reports", description="Reports, by kind and outcome"
         )
@@ -198,24 +202,37 @@ class Handlers:
     async def watch_presence(self) -> None:
         """Notice hosts that fell silent, for ever: one timer for all of them."""
         while True:
+            self._look.clear()
             now = await self._bus.now()
             for view in self._store.views():
                 host = (view.workspace, view.host)
                 if host in self._store.withdrawn:
                     await self._forget(host)
                 elif decide.mark_lost(view, now) is not None:
-                    await self._declare_lost(host, now)
+                    await self.declare_lost(host, now)
                 elif (view.lost_at is not None) != self._said_lost(host):
                     await self._say_presence(host)
-            deadline = decide.next_deadline(self._store.views())
-            wait = (deadline - await self._bus.now()).total_seconds() if deadline else LONGEST_WAIT_S
-            await asyncio.sleep(min(max(wait, SHORTEST_WAIT_S), LONGEST_WAIT_S))
+            now = await self._bus.now()
+            latest = now + timedelta(seconds=LONGEST_WAIT_S)
+            self._next_look = min(decide.next_deadline(self._store.views()) or latest, latest)
+            await asyncio.sleep(
+                SHORTEST_WAIT_S
+            )  # however many hosts come and go, this costs a bounded share of time
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), max((self._next_look - now).total_seconds(), 0.0))
+
+    def _look_sooner(self, view: HostView | None) -> None:
+        """Wake the timer where a host may be lost before it would have looked, or was withdrawn."""
+        if view is None or (
+            view.lost_at is None and self._next_look is not None and view.lost_after < self._next_look
+        ):
+            self._look.set()
 
     def _said_lost(self, host: Host) -> bool:
         said = self._store.said.get(host)
         return said is not None and said.lost
 
-    async def _declare_lost(self, host: Host, now: datetime) -> None:
+    async def declare_lost(self, host: Host, now: datetime) -> None:
         """Mark a silent host as lost, unless something it said is stored and only waits to be folded."""
         newest = await self._bus.last(subjects.STREAM_REPORTS, subjects.from_host(*host, "*"))
         known = self._store.known.get(host)

@@ -52,7 +52,7 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class FleetStore:
-    """The fold."""
+    """The fold. `changed` is called with each newer view, and with None where a host's record was withdrawn."""
 
     def __init__(self, log: logging.Logger) -> None:
         self.workspaces: set[str] = set()
@@ -60,6 +60,7 @@ class FleetStore:
         self.withdrawn: set[Host] = set()
         self.known: dict[Host, Known] = {}
         self.said: dict[Host, Presence] = {}
+        self.changed: Callable[[HostView | None], None] = lambda _: None
         self._record_sequence: dict[Host, int] = {}
         self._log = log
 
@@ -87,6 +88,7 @@ class FleetStore:
                 if command.absent:
                     self.keys.pop(host, None)
                     self.withdrawn.add(host)
+                    self.changed(None)
                 else:
                     self.keys[host] = PublicKey.parse(command.public_key)
                     self.withdrawn.discard(host)
@@ -115,6 +117,8 @@ class FleetStore:
         """Remember a revision, unless a newer one is known."""
         if known.revision > self.revision(host):
             self.known[host] = known
+            if known.view is not None:
+                self.changed(known.view)
 
     def revision(self, host: Host) -> int:
         """The newest known revision of a host's key; 0 where it was never there."""
