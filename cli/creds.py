@@ -165,6 +165,7 @@ def permissions() -> dict[str, Permissions]:
                 *_shares(_ANY),
                 "lb.catalog.>",
                 "lb.tuf.>",
+                "lb.blob.>",  # the first trust document, which comes with the first repository
                 "lb.ws.*.verdict.*.delivery",
             ),
             _others("delivery", subjects.STREAM_OTLP, subjects.STREAM_REPORTS, _VIEW_STREAM),
