@@ -54,9 +54,9 @@ class Quarantined(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class ModuleState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One module. `generation`, `rollout`, `target`, `returning`, `step` speak of the entry in hand or finished last.
 
-    `previous` is what `promoted` replaced during rollout `previous_rollout`; `attempts` counts how often the target
-    was interrupted; `serial_floor` is the highest policy serial ever promoted here, that of `floor_policy`; `trees` maps a package's digest to that of
-    its unpacked `digests.json`.
+    `previous` is what `promoted` replaced during rollout `previous_rollout`; `attempts` counts how often the target was
+    interrupted; `serial_floor` is the highest policy serial ever promoted here, that of `floor_policy`; `trees` maps a
+    package's digest to that of its unpacked `digests.json`.
     """
 
     module: str
