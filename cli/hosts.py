@@ -177,11 +177,18 @@ async def enrol(
             Code.TUF_UNREACHABLE, f"there is no trust root {pinned}", "make it with 'loopback keys init'"
         )
     if not replace:
-        known = await fleetio.records(session, "host", HostPut, workspace)
-        taken = [str(out / name) for name in FILES if (out / name).exists()]
-        if any(h.host == host for h in known) or taken:
-            what = f"{taken[0]} exists" if taken else f"{host!r} is already a host of {workspace!r}"
-            raise Refused(Code.NAME_INVALID, what, "choose another name or folder, or say --replace")
+        if any(h.host == host for h in await fleetio.records(session, "host", HostPut, workspace)):
+            raise Refused(
+                Code.NAME_INVALID,
+                f"{host!r} is already a host of {workspace!r}",
+                "choose another name, or give it a new key with --replace",
+            )
+        if taken := [str(out / name) for name in FILES if (out / name).exists()]:
+            raise Refused(
+                Code.NAME_INVALID,
+                f"{taken[0]} exists",
+                "choose another folder, or overwrite it with --replace",
+            )
     text = creds.host_creds(session.context.home, workspace, host)
     seed = next(line for line in text.splitlines() if line.startswith("SU"))
     await session.send(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 import nats
+from support import Place
 
-from loopback.cli import creds
 from loopback.contracts import envelope, events, subjects
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import (
@@ -24,9 +24,8 @@ from loopback.contracts.messages import (
 )
 from loopback.contracts.reports import AnyReport, Heartbeat, Inventory, ModuleStatus, Status
 from loopback.services._runtime import streams
-from loopback.services._runtime.broker import Broker
 from loopback.services._runtime.bus import Bus, Outgoing
-from loopback.services._runtime.settings import Settings
+from loopback.services._runtime.settings import read_identity
 
 WORKSPACE = "prod"
 OPERATOR = SigningKey.generate()
@@ -44,43 +43,32 @@ def fields(workspace: str = WORKSPACE, command_id: str = "c1") -> dict[str, obje
 
 
 class World:
-    """An installation: `bus(identity)` connects as somebody, `host(name)` makes a host with its credentials and record."""
+    """A place (see `support`) with one workspace; `host(name)` makes a host with its credentials and record."""
 
-    def __init__(self, home: Path, url: str, stack: AsyncExitStack) -> None:
-        self.home = home
-        self.url = url
-        self._stack = stack
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.bus = place.bus
+        self._stack = AsyncExitStack()
         self._places = 0
-
-    def settings(self, identity: str, otlp_endpoint: str = "") -> Settings:
-        """The settings of a service of this name."""
-        return Settings(
-            url=self.url,
-            creds=self.home / "creds" / f"{identity}.creds",
-            home=self.home,
-            otlp_endpoint=otlp_endpoint,
-        )
-
-    async def bus(self, identity: str) -> Bus:
-        """A connection with the credentials of a service or of the admin, closed with the world."""
-        return await self._stack.enter_async_context(await Bus.connect(self.settings(identity)))
+        self._admin_bus: Bus | None = None
 
     async def host(self, name: str, workspace: str = WORKSPACE, **record: object) -> FakeHost:
         """A host: connected with credentials of its own, its record stored as eligibility stores it."""
-        text = creds.host_creds(self.home, workspace, name)
-        path = self.home / f"{name}.creds"
-        path.write_text(text)
-        seed = next(line for line in text.splitlines() if line.startswith("SU"))
-        host = FakeHost(self, name, workspace, SigningKey.from_nkey(seed))
+        path = self.place.settings(self.place.host(workspace, name)).creds
+        host = FakeHost(self, name, workspace, SigningKey.from_nkey(read_identity(path).seed))
+        await self.connect(host, path)
+        await host.put(**record)
+        return host
+
+    async def connect(self, host: FakeHost, path: Path) -> None:
+        """Connect a host with these credentials."""
         host.nc = await nats.connect(
-            self.url,
+            self.place.url,
             user_credentials=str(path),
-            inbox_prefix=subjects.inbox(name).encode(),
+            inbox_prefix=subjects.inbox(host.name).encode(),
             error_cb=host.on_error,
         )
         self._stack.push_async_callback(host.nc.close)
-        await host.put(**record)
-        return host
 
     async def put(self, kind: str, name: str, command: Command) -> None:
         """Store a record, as eligibility would."""
@@ -126,9 +114,13 @@ class World:
         return release
 
     async def _admin(self) -> Bus:
-        if not hasattr(self, "_admin_bus"):
-            self._admin_bus = await self.bus(creds.ADMIN)
+        if self._admin_bus is None:
+            self._admin_bus = await self.bus()
         return self._admin_bus
+
+    async def close(self) -> None:
+        """Disconnect the hosts."""
+        await self._stack.aclose()
 
 
 class FakeHost:
@@ -205,12 +197,11 @@ class FakeHost:
 
 
 @asynccontextmanager
-async def world(home: Path) -> AsyncIterator[World]:
-    """A broker below `home` with its streams and one workspace."""
-    creds.init_home(home)
-    async with AsyncExitStack() as stack:
-        broker = await stack.enter_async_context(Broker(home, listen="127.0.0.1:0"))
-        made = World(home, broker.url, stack)
-        await streams.ensure(await made.bus(creds.ADMIN))
+async def world(place: Place) -> AsyncIterator[World]:
+    """This place, with one workspace."""
+    made = World(place)
+    try:
         await made.put_workspace()
         yield made
+    finally:
+        await made.close()

@@ -15,6 +15,7 @@ from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support import Place
 from support_fleet import OPERATOR, WORKSPACE, World, fields, world
 
 from loopback.contracts import envelope, journal, subjects
@@ -81,8 +82,8 @@ class _Stop(Exception):
 
 
 @pytest.fixture
-async def place(tmp_path) -> AsyncIterator[World]:
-    async with world(tmp_path) as made:
+async def place(broker: Place) -> AsyncIterator[World]:
+    async with world(broker) as made:
         yield made
 
 

@@ -17,6 +17,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support import Place
 from support_fleet import WORKSPACE, World, world
 from support_otlp import OtlpReceiver, metrics_request, traces_request
 
@@ -107,8 +108,8 @@ async def until(look: Callable[[], T], good: Callable[[T], bool] = bool) -> T:
 
 
 @pytest.fixture
-async def place(tmp_path) -> AsyncIterator[World]:
-    async with world(tmp_path) as made:
+async def place(broker: Place) -> AsyncIterator[World]:
+    async with world(broker) as made:
         yield made
 
 
