@@ -197,7 +197,7 @@ def _rule(read: dict[str, Any], sets: Mapping[str, tuple[Prefix, ...]], line: in
         if key in read and (not protocols or not WITH_PORTS.issuperset(protocols)):
             given = ", ".join(fields.PROTOCOL_NAMES.get(p, str(p)) for p in protocols if p not in WITH_PORTS)
             raise Wrong(
-                f"ports belong to tcp and udp, and this rule is for {given}" if given else "ports need a protocol",
+                f"{given} has no ports" if given else "ports need a protocol that has them",
                 "write 'proto: tcp', 'proto: udp' or 'proto: [tcp, udp]'", (key,),
             )  # fmt: skip
     icmp: tuple[tuple[int, int | None], ...] = ()
@@ -213,7 +213,9 @@ def _rule(read: dict[str, Any], sets: Mapping[str, tuple[Prefix, ...]], line: in
             raise Wrong(error.message, error.hint, ("icmp", *error.path)) from None
     if "limit" in read and read["action"] is not Action.ACCEPT:
         raise Wrong(
-            "a limit is for rules that accept", "drop without a limit, or use 'log: {sample: N}'", ("limit",)
+            "a rule that drops only so many packets lets the others on to later rules",
+            "drop without a limit, or limit the rule that accepts",
+            ("limit",),
         )
     sources, source_sets = _endpoints(read.get("from", ()), sets, "from")
     destinations, destination_sets = _endpoints(read.get("to", ()), sets, "to")

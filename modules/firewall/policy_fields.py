@@ -24,12 +24,13 @@ MAX_BURST: Final = 1_000_000
 IFNAMSIZ: Final = 15  # bytes of an interface name, by the kernel
 
 PROTOCOLS: Final = {
-    "icmp": 1, "igmp": 2, "ipip": 4, "tcp": 6, "udp": 17, "gre": 47, "esp": 50, "ah": 51, "icmpv6": 58, "ospf": 89,
+    "icmp": 1, "igmp": 2, "ipip": 4, "tcp": 6, "udp": 17, "dccp": 33, "gre": 47, "esp": 50, "ah": 51, "icmpv6": 58, "ospf": 89,
     "vrrp": 112, "sctp": 132, "udplite": 136,
 }  # fmt: skip
 PROTOCOL_NAMES: Final = {number: name for name, number in PROTOCOLS.items()}
 ICMP, TCP, UDP, ICMPV6 = PROTOCOLS["icmp"], PROTOCOLS["tcp"], PROTOCOLS["udp"], PROTOCOLS["icmpv6"]
-WITH_PORTS: Final = frozenset({TCP, UDP})
+#: Protocols whose first four bytes are two ports.
+WITH_PORTS: Final = frozenset(PROTOCOLS[kind] for kind in ("tcp", "udp", "dccp", "sctp", "udplite"))
 
 #: ICMP names: (type, code or None for any), as RFC 792 and RFC 4443 number them.
 ICMP_TYPES: Final[dict[int, dict[str, tuple[int, int | None]]]] = {
@@ -85,11 +86,11 @@ def alternatives(words: Collection[str]) -> str:
 
 
 def near(value: Any, known: Collection[str], prefix: str = "") -> str:
-    """`did you mean 'x'?` where a known word is close, else nothing."""
+    """`did you mean 'x'?` where known words are close, else nothing."""
     close = (
-        difflib.get_close_matches(value[:80], list(known)[:5000], 1, 0.6) if isinstance(value, str) else []
+        difflib.get_close_matches(value[:80], list(known)[:5000], 2, 0.6) if isinstance(value, str) else []
     )
-    return f"did you mean {prefix + close[0]!r}?" if close else ""
+    return f"did you mean {' or '.join(repr(prefix + word) for word in close)}?" if close else ""
 
 
 def many(value: Any, one: Callable[[Any], T], most: int = MAX_LIST) -> tuple[T, ...]:

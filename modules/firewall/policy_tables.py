@@ -98,10 +98,10 @@ RULE: Final = {
         "protocols by name or number",
     ),
     "ports": Field(
-        lambda value: fields.many(value, fields.port), fields.PORTS_SCHEMA, "destination ports and ranges, of tcp and udp"
+        lambda value: fields.many(value, fields.port), fields.PORTS_SCHEMA, "destination ports and ranges, of tcp, udp, sctp …"
     ),
     "source_ports": Field(
-        lambda value: fields.many(value, fields.port), fields.PORTS_SCHEMA, "source ports and ranges, of tcp and udp"
+        lambda value: fields.many(value, fields.port), fields.PORTS_SCHEMA, "source ports and ranges, of tcp, udp, sctp …"
     ),
     "icmp": Field(
         _untouched, fields.ICMP_SCHEMA, "types by name or number, or type/code, of proto icmp or of proto icmpv6"
@@ -117,7 +117,7 @@ RULE: Final = {
     "log": Field(lambda value: read_table(value, LOG, "log"), {"$ref": "#/$defs/log"}, "report a sample of its packets"),
     "limit": Field(
         lambda value: fields.limit(read_table(value, LIMIT, "limit")), {"$ref": "#/$defs/limit"},
-        "accept only so many packets; what is over the limit is dropped",
+        "match only so many packets; the others go on to the next rule",
     ),
 }  # fmt: skip
 _ICMP_TYPE_SCHEMA: Final = {
