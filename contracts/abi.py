@@ -20,6 +20,7 @@ from typing import Final, Literal
 import msgspec
 
 from loopback.contracts.codes import Code, Refused
+from loopback.contracts.decoding import Decoder
 
 ABI_VERSION: Final = 1
 FD_VARIABLE: Final = "LOOPBACK_ABI_FD"
@@ -138,7 +139,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     body: Body
 
 
-_DECODER = msgspec.msgpack.Decoder(Frame)
+_DECODER = Decoder(msgspec.msgpack.Decoder(Frame))
 
 
 def encode(frame: Frame) -> bytes:
@@ -169,7 +170,7 @@ class _Numbered(msgspec.Struct, frozen=True):
     id: int
 
 
-_NUMBERED = msgspec.msgpack.Decoder(_Numbered)
+_NUMBERED = Decoder(msgspec.msgpack.Decoder(_Numbered))
 
 
 def id_of(body: bytes) -> int:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from loopback.contracts.decoding import Decoder
 from loopback.contracts.envelope import Envelope
 
 
@@ -61,7 +62,7 @@ class DesiredState(
     environment: Literal["production", "staging", "sandbox"] = "production"
 
 
-_DECODER = msgspec.json.Decoder(DesiredState)
+_DECODER = Decoder(msgspec.json.Decoder(DesiredState))
 
 
 def decode(payload: bytes) -> DesiredState:

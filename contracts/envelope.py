@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from loopback.contracts.codes import Code, Refused
+from loopback.contracts.decoding import Decoder
 from loopback.contracts.keys import PublicKey, SigningKey
 
 COMMAND: Final = "application/vnd.loopback.command+json"
@@ -42,7 +43,7 @@ class Envelope(msgspec.Struct, frozen=True):
     signatures: tuple[Signature, ...]
 
 
-_DECODER = msgspec.json.Decoder(Envelope)
+_DECODER = Decoder(msgspec.json.Decoder(Envelope))
 
 
 def pae(payload_type: str, payload: bytes) -> bytes:

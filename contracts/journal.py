@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from loopback.contracts.codes import Code, Refusal, Refused
+from loopback.contracts.decoding import Decoder
 from loopback.contracts.desired import Running
 from loopback.contracts.envelope import Envelope, payload_of
 from loopback.contracts.messages import RolloutStart, Verdict, decode_command
@@ -275,7 +276,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="rol
     event: AnyEvent
 
 
-_DECODER = msgspec.json.Decoder(Link)
+_DECODER = Decoder(msgspec.json.Decoder(Link))
 
 
 def encode(link: Link) -> bytes:

@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from loopback.contracts.codes import Refusal
+from loopback.contracts.decoding import Decoder
 from loopback.contracts.envelope import Envelope
 
 Environment = Literal["production", "staging", "sandbox"]
@@ -331,9 +332,17 @@ class Presence(
     silent_s: float = 0.0
 
 
-_COMMANDS: msgspec.json.Decoder[AnyCommand] = msgspec.json.Decoder(AnyCommand)
+_COMMANDS: Decoder[AnyCommand] = Decoder(msgspec.json.Decoder(AnyCommand))
 
 
 def decode_command(payload: bytes) -> AnyCommand:
     """Decode a command. Raises msgspec.ValidationError naming the field at fault."""
     return _COMMANDS.decode(payload)
+
+
+_POLICIES: Decoder[Policy] = Decoder(msgspec.json.Decoder(Policy))
+
+
+def decode_policy(payload: bytes) -> Policy:
+    """Decode a policy. Raises msgspec.ValidationError naming the field at fault."""
+    return _POLICIES.decode(payload)

@@ -15,6 +15,7 @@ import msgspec
 
 from loopback.contracts import envelope, subjects
 from loopback.contracts.codes import Code, Refusal, Refused
+from loopback.contracts.decoding import Decoder
 from loopback.contracts.desired import Running
 from loopback.contracts.keys import PublicKey
 
@@ -118,7 +119,7 @@ class Heartbeat(Report, frozen=True, tag_field="type", tag="heartbeat"):
 
 AnyReport = Inventory | Status | Heartbeat
 
-_DECODER: msgspec.json.Decoder[AnyReport] = msgspec.json.Decoder(AnyReport)
+_DECODER: Decoder[AnyReport] = Decoder(msgspec.json.Decoder(AnyReport))
 
 
 def decode(payload: bytes) -> AnyReport:

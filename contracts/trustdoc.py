@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 
 from loopback.contracts.codes import Code, Refused
+from loopback.contracts.decoding import Decoder
 from loopback.contracts.keys import PublicKey
 
 TARGET: Final = "trust.json"
@@ -43,6 +44,9 @@ class TrustDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     services: dict[str, tuple[str, ...]]
 
 
+_DECODER = Decoder(msgspec.json.Decoder(TrustDocument))
+
+
 class Trust:
     """A trust document made ready for questions."""
 
@@ -59,7 +63,7 @@ class Trust:
     def decode(cls, data: bytes) -> Trust:
         """From the target's bytes. Raises Refused(TUF_INVALID)."""
         try:
-            return cls(msgspec.json.decode(data, type=TrustDocument))
+            return cls(_DECODER.decode(data))
         except msgspec.MsgspecError as error:
             raise Refused(Code.TUF_INVALID, f"the trust document is malformed: {error}") from None
 

@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from loopback.contracts.decoding import Decoder
 from loopback.contracts.reports import Heartbeat, Inventory, ModuleStatus, Status
 from loopback.contracts.subjects import BUCKET_VIEW, token
 
@@ -88,7 +89,7 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=
         return newest.agent if newest else "ok"
 
 
-_DECODER = msgspec.json.Decoder(HostView)
+_DECODER = Decoder(msgspec.json.Decoder(HostView))
 
 
 def subject(workspace: str, host: str) -> str:

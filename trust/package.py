@@ -27,6 +27,7 @@ from typing import Final
 import msgspec
 
 from loopback.contracts.codes import Code, Refused
+from loopback.contracts.decoding import Decoder
 from loopback.trust import manifest as manifests
 from loopback.trust.manifest import Manifest
 
@@ -53,6 +54,7 @@ _KINDS = {
     b"5": "a folder",
     b"6": "a FIFO",
 }
+_LISTING = Decoder(msgspec.json.Decoder(dict[str, str]))
 _NEW_BUILD = "build the package again with 'loopback module build'"
 
 
@@ -394,7 +396,7 @@ def _hash_tree(folder: int, prefix: str, depth: int) -> Iterator[tuple[str, str]
 
 def _listed(text: bytes, label: str) -> dict[str, str]:
     try:
-        return msgspec.json.decode(text, type=dict[str, str])
+        return _LISTING.decode(text)
     except msgspec.MsgspecError as error:
         raise Refused(Code.PACKAGE_MALFORMED, f"{label}: {DIGESTS}: {error}", _NEW_BUILD) from None
 
