@@ -149,7 +149,10 @@ def add(
             )
 
     path = asyncio.run(run())
-    typer.echo(f"{host} is known; copy {out} to it and run 'loopback host run {path}' there", err=True)
+    typer.echo(
+        f"{host} is known; copy {out} to it and run 'loopback host run --config {path.name}' in it there",
+        err=True,
+    )
     typer.echo(path)
 
 
@@ -340,19 +343,8 @@ def summary(record: HostPut, found: HostView | None) -> dict[str, Any]:
         "kernel": inventory.kernel if inventory else None,
         "architecture": inventory.architecture if inventory else None,
         "last_seen": found.last_at if found else None,
-        "modules": [
-            {
-                "module": m.module,
-                "version": m.promoted.version if m.promoted else None,
-                "policy": m.promoted.policy if m.promoted else None,
-                "policy_serial": m.promoted.policy_serial if m.promoted else None,
-                "enforcing": m.enforcing,
-                "health": m.health,
-                "phase": m.phase,
-                "rollout": m.rollout,
-            }
-            for m in (found.modules if found else ())
-        ],
+        "lost": found is not None and found.lost_at is not None,
+        "modules": [msgspec.structs.asdict(module) for module in (found.modules if found else ())],
     }
 
 
