@@ -10,6 +10,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TypeVar
 
+from nats.aio.client import Client
+
 from loopback.cli import creds
 from loopback.services._runtime import streams
 from loopback.services._runtime.broker import Broker
@@ -42,6 +44,15 @@ async def eventually(check: Callable[[], T | Awaitable[T]], timeout: float = DEA
             raise AssertionError(f"not within {timeout} s; last: {problem!r}")
         await asyncio.sleep(delay)
         delay = min(delay * 1.5, 0.1)
+
+
+async def settled(nc: Client) -> None:
+    """Until the server has handled what this client sent, and its complaints about it have arrived.
+
+    Twice, because nats-py takes a PONG that may be left from connecting for the answer to its first flush.
+    """
+    await nc.flush()
+    await nc.flush()
 
 
 class Place:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from support import Place, eventually
+from support import Place, eventually, settled
 
 from loopback.services._runtime.bus import Bus, Conflict, Forbidden, Outgoing, Stored, StreamReplaced
 
@@ -109,7 +109,7 @@ async def test_desired_states_reach_their_host_only_once_stored(place: Place) ->
         seen.append(message.data)  # type: ignore[attr-defined]
 
     await host.nc.subscribe("lb.ws.w.to.h1.desired", cb=receive)
-    await host.nc.flush()
+    await settled(host.nc)
     await bus.publish(desired("h1", b"1"))
     with pytest.raises(Conflict):
         await bus.publish(desired("h1", b"refused", expected=0))
