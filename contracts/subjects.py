@@ -39,9 +39,16 @@ def token(name: str) -> str:
     """Escape any non-empty id into one subject token of `[a-z0-9_-]`; reversed by `untoken`.
 
     Every byte of its UTF-8 form outside `[a-z0-9-]` becomes `_` and two hex digits.
-    Raises Refused(NAME_INVALID) where the id is empty or too long.
+    Raises Refused(NAME_INVALID) where the id is empty, too long or no text.
     """
-    escaped = "".join(c if _PLAIN.fullmatch(c) else "".join(f"_{b:02x}" for b in c.encode()) for c in name)
+    try:
+        escaped = "".join(
+            c if _PLAIN.fullmatch(c) else "".join(f"_{b:02x}" for b in c.encode()) for c in name
+        )
+    except UnicodeEncodeError:  # a lone surrogate, as a shell's argument that is not UTF-8 becomes
+        raise Refused(
+            Code.NAME_INVALID, f"the name {name[:40]!r} is no text", "choose a name in UTF-8"
+        ) from None
     if not escaped or len(escaped) > MAX_TOKEN:
         raise Refused(
             Code.NAME_INVALID,
