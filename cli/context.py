@@ -170,19 +170,24 @@ class Session:
 
         A core message on the result subject is only the hint to look again.
         """
-        subject = subjects.result(workspace, command_id)
+        # The outcome of a command for a workspace that nobody made is in the global one.
+        places = list(dict.fromkeys((workspace, subjects.GLOBAL_WORKSPACE)))
         hint = asyncio.Event()
 
         async def noticed(_: Any) -> None:
             hint.set()
 
-        subscription = await self.nc.subscribe(subject, cb=noticed)
+        subscriptions = [
+            await self.nc.subscribe(subjects.result(place, command_id), cb=noticed) for place in places
+        ]
         try:
             async with asyncio.timeout(timeout):
                 while True:
                     hint.clear()
-                    for place in (workspace, subjects.GLOBAL_WORKSPACE):
-                        found = await self.last(subjects.workspace_stream(place), subject)
+                    for place in places:
+                        found = await self.last(
+                            subjects.workspace_stream(place), subjects.result(place, command_id)
+                        )
                         if found is not None:
                             return msgspec.json.decode(found, type=Result)
                     try:
@@ -196,7 +201,8 @@ class Session:
                 "check that the services run ('loopback up'); the command is kept and will be worked on then",
             ) from None
         finally:
-            await subscription.unsubscribe()
+            for subscription in subscriptions:
+                await subscription.unsubscribe()
 
     async def last(self, stream: str, subject: str) -> bytes | None:
         """The last stored message of a subject, from the stream's leader; None where there is none."""
