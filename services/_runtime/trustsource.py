@@ -11,7 +11,8 @@ from typing import Final
 from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.trustdoc import Trust
-from loopback.services._runtime.bus import Bus
+from loopback.services._runtime import wire
+from loopback.services._runtime.bus import Bus, Unavailable
 from loopback.services._runtime.settings import Settings
 from loopback.trust import blobs
 from loopback.trust.repository import TrustedRepository
@@ -82,8 +83,13 @@ class TrustSource:
     def _load(self) -> Trust:
         """Runs in a thread, as the TUF client is synchronous."""
         TrustedRepository.pin(self._folder, _read_root(self._root))
-        self.repository.refresh()
-        return self.repository.trust_document(self._read_blob)
+        try:
+            self.repository.refresh()
+            return self.repository.trust_document(self._read_blob)
+        except (Unavailable, wire.ApiError, TimeoutError) as error:
+            raise Refused(
+                Code.TUF_UNREACHABLE, f"the bus does not bring the trust document: {error}"
+            ) from None
 
     def _fetch(self, filename: str) -> bytes | None:
         found = asyncio.run_coroutine_threadsafe(
