@@ -10,7 +10,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import nats.errors
 from nats import micro
+from nats.micro.service import Service as MicroService
 from opentelemetry import metrics, trace
 
 import loopback
@@ -94,7 +96,7 @@ async def run(name: str, settings: Settings, start: Start, *, stop: asyncio.Even
             description=f"Loopback Modules: {name}",
             metadata={"instance": settings.instance, "http": f"{settings.http_host}:{port}"},
         )
-        stack.push_async_callback(endpoint.stop)
+        stack.push_async_callback(_leave, endpoint, bus)
         log.info(
             "%s %s serves on %s:%d, state in %s", name, settings.instance, settings.http_host, port, state
         )
@@ -123,6 +125,15 @@ async def run(name: str, settings: Settings, start: Start, *, stop: asyncio.Even
 async def _start(service: Service, start: Start) -> None:
     await start(service)
     service.ready.set()
+
+
+async def _leave(endpoint: MicroService, bus: Bus) -> None:
+    """No longer answer the bus's questions; without a connection there are none."""
+    if bus.nc.is_connected:
+        try:
+            await endpoint.stop()
+        except nats.errors.Error as error:
+            log.info("left the bus while it was going: %s", error)
 
 
 async def _until(asked: asyncio.Event, bus: Bus) -> None:
