@@ -334,6 +334,15 @@ def read_policy(payload: bytes) -> messages.Policy:
         raise Refused(Code.POLICY_MALFORMED, f"the policy is malformed: {error}") from None
 
 
+def kept_policy(data: bytes, target: Running) -> messages.Policy:
+    """A policy that was verified when it came, found by its digest. Raises Refused(BLOB_DIGEST, POLICY_MALFORMED)."""
+    if hashlib.sha256(data).hexdigest() != target.policy:
+        raise Refused(
+            Code.BLOB_DIGEST, "the policy on disk is not what its digest says", "have it rolled out again"
+        )
+    return read_policy(envelope.payload_of(envelope.parse(data)))
+
+
 class StepName(StrEnum):
     """The steps of a change, in the order in which a plan may hold them."""
 

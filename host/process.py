@@ -130,7 +130,7 @@ class ModuleProcess:
         """Ask and wait. Raises Refused with the module's own code, MODULE_TIMEOUT, or MODULE_DIED."""
         verb = type(body).__name__.lower()
         if self.exited.is_set() or self._writer is None:
-            raise self._died(verb)
+            raise self.died(verb)
         self._next += 1
         number = self._next
         limit = timeout_s if timeout_s is not None else REQUEST_S.get(type(body), 10.0)
@@ -146,7 +146,7 @@ class ModuleProcess:
                 Code.MODULE_TIMEOUT, f"{self.launch.module} did not answer {verb} within {limit:g} s"
             ) from None
         except ConnectionError:
-            raise self._died(verb) from None
+            raise self.died(verb) from None
         finally:
             self._waiting.pop(number, None)
         if isinstance(reply, abi.Failed):
@@ -224,11 +224,11 @@ class ModuleProcess:
             if self._writer is not None:
                 self._writer.close()
             if not self._greeting.done():
-                self._greeting.set_exception(self._died("hello", Code.MODULE_START))
+                self._greeting.set_exception(self.died("hello", Code.MODULE_START))
                 self._greeting.exception()  # whoever waited has it; nobody may be left who does
             for number, answer in list(self._waiting.items()):
                 if not answer.done():
-                    answer.set_exception(self._died(f"request {number}"))
+                    answer.set_exception(self.died(f"request {number}"))
 
     async def _read_frames(self, reader: asyncio.StreamReader) -> None:
         try:
@@ -286,13 +286,15 @@ class ModuleProcess:
             except OSError as error:  # a full disk must not stop the module
                 log.debug("%s: its log cannot be written: %s", self.launch.module, error)
 
-    def _died(self, doing: str, code: Code = Code.MODULE_DIED) -> Refused:
+    def died(self, doing: str = "", code: Code = Code.MODULE_DIED) -> Refused:
+        """That it ended, how, and its last words."""
         status = self._process.returncode
         how = f"exit status {status}" if status is None or status >= 0 else f"signal {-status}"
         words = self.words()
         return Refused(
             code,
-            f"{self.launch.module} {self.launch.version} ended ({how}) before it answered {doing}"
+            f"{self.launch.module} {self.launch.version} ended ({how})"
+            + (f" before it answered {doing}" if doing else "")
             + (f": {words}" if words else ""),
             f"see {self.launch.log}",
         )

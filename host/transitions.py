@@ -20,6 +20,7 @@ from loopback.contracts.reports import FINAL, Phase
 from loopback.host.state import ModuleState, Quarantined, Trial
 
 MAX_ATTEMPTS: Final = 5  # interruptions of one target before the host stops trying it
+MAX_TREES: Final = 16  # unpacked packages remembered; two are kept on disk
 MAX_QUARANTINE: Final = 64  # entries kept; the oldest give way
 
 #: Refusals that say nothing about the version or policy: no quarantine.
@@ -58,7 +59,8 @@ def step(state: ModuleState, name: str, phase: Phase) -> ModuleState:
 
 def unpacked(state: ModuleState, package: str, digests: str) -> ModuleState:
     """A package lies unpacked; `digests` is the SHA-256 of its `digests.json`."""
-    return replace(state, trees={**state.trees, package: digests})
+    others = [item for item in state.trees.items() if item[0] != package]
+    return replace(state, trees=dict([*others[1 - MAX_TREES :], (package, digests)]))
 
 
 def settle(state: ModuleState, generation: int, rollout: str, returning: bool) -> ModuleState:

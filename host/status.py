@@ -1,0 +1,65 @@
+"""What a host says of its modules: pure, from their states on disk and what is seen of their processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal, Protocol
+
+from loopback.contracts.abi import HealthReport
+from loopback.contracts.codes import Refusal
+from loopback.contracts.reports import ModuleStatus, Phase
+from loopback.host.state import ModuleState
+from loopback.host.trial import unwell
+
+Health = Literal["ok", "degraded", "failed", "unknown"]
+
+_FAILURES: Final = frozenset(
+    {Phase.ROLLED_BACK, Phase.ROLLBACK_FAILED, Phase.QUARANTINED, Phase.LOOP_ABORTED}
+)
+
+
+class Seen(Protocol):
+    """What is seen of a module's process; a Supervisor is one."""
+
+    adopted: bool
+    health: HealthReport | None
+    problem: Refusal | None
+    metrics: dict[str, float]
+
+
+def modules(states: Mapping[str, ModuleState], seen: Mapping[str, Seen]) -> tuple[ModuleStatus, ...]:
+    """Every module that has a state, by name."""
+    return tuple(module(states[name], seen.get(name)) for name in sorted(states))
+
+
+def module(state: ModuleState, seen: Seen | None) -> ModuleStatus:
+    """One module. Its refusal is the entry's own, or else why it is not well now."""
+    report = seen.health if seen else None
+    health: Health = report.state if report else "unknown"
+    refusal = state.refusal
+    if seen is not None and seen.problem is not None:
+        health, refusal = "failed", refusal or seen.problem
+    elif report is not None and report.state != "ok" and state.promoted is not None:
+        refusal = refusal or unwell(report, state.promoted)
+    return ModuleStatus(
+        module=state.module,
+        phase=state.phase,
+        generation=state.generation,
+        rollout=state.rollout,
+        promoted=state.promoted,
+        trial=state.trial.running if state.trial else None,
+        health=health,
+        enforcing=bool(report and report.enforcing),
+        adopted=bool(seen and seen.adopted),
+        refusal=refusal,
+        metrics=dict(seen.metrics) if seen else {},
+    )
+
+
+def agent(found: tuple[ModuleStatus, ...]) -> Literal["ok", "degraded"]:
+    """Degraded while a module is not well, or failed here and nothing runs in its place."""
+    for one in found:
+        nothing_instead = one.promoted is None and one.phase in _FAILURES
+        if one.health in ("degraded", "failed") or nothing_instead or one.phase is Phase.ROLLBACK_FAILED:
+            return "degraded"
+    return "ok"
