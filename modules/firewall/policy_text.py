@@ -328,3 +328,23 @@ def _walk(text: str) -> Iterator[tuple[Mark, int, int]]:
 def _skip(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
     return found.end() if found else at
+
+
+def render(problems: tuple[Problem, ...]) -> str:
+    """Problems as a compiler tells them: the place, the line with a caret below it, and what would be right."""
+    written: list[str] = []
+    for problem in problems:
+        written.append(str(problem))
+        if problem.line and problem.excerpt.strip():
+            start = max(0, problem.column - 100)  # of a long line, what stands around the place
+            shown = problem.excerpt[start : start + 120]
+            number = str(problem.line)
+            written.append(f"  {number} | {_printable(shown)}")
+            written.append(f"  {' ' * len(number)} | {' ' * (problem.column - 1 - start)}^")
+        if problem.hint:
+            written.append(f"  {problem.hint}")
+    return "\n".join(written)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)

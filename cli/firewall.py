@@ -1,0 +1,204 @@
+"""`loopback firewall`: check a policy, ask what it does to a packet, print its schema. Works without agent, bus or network.
+
+Exit codes: 0 done, and every test of the policy holds · 1 a test does not hold · 2 the policy, a packet or the call is wrong.
+Verdicts come from the program that runs in the kernel, where this machine lets it run (root, eBPF); else from the plain Python
+evaluator that the program is tested against. Which one it was is said on stderr and in `check --json`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import typer
+
+from loopback.cli.firewall_judge import Kind, Verdict, open_judge
+from loopback.contracts.codes import Code, Refused
+from loopback.modules.firewall import policy, policy_tables, schema
+from loopback.modules.firewall.model import Action, Packet
+from loopback.modules.firewall.policy_fields import PROTOCOL_NAMES, WITH_PORTS, Wrong
+from loopback.modules.firewall.policy_text import PolicyRefused, render
+
+EXIT_TEST_FAILED = 1
+EXIT_REFUSED = 2
+MAX_PACKETS = 1_000_000
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Check firewall policies and explain their verdicts. The language: docs/policy.md.",
+)
+
+JudgeOption = Annotated[
+    Kind,
+    typer.Option(
+        "--judge", help="Who judges: the kernel's program, the plain evaluator, or the first that can."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="The policy, YAML or JSON.")],
+    as_json: JsonOption = False,
+    judge: JudgeOption = Kind.AUTO,
+) -> None:
+    """Read a policy, tell everything that is wrong with it, and run its own tests."""
+    try:
+        loaded = policy.load(file)
+    except PolicyRefused as error:
+        if as_json:
+            problems = [
+                {"file": p.source, "line": p.line, "column": p.column, "field": p.field, "message": p.message, "hint": p.hint}
+                for p in error.problems
+            ]  # fmt: skip
+            _print({"ok": False, "code": error.code, "problems": problems, "failed": []})
+        _refuse(error)
+    found = loaded.policy
+    with open_judge(found, judge) as judging:
+        verdicts = judging.judge([test.packet for test in found.tests])
+    failed = []
+    for index, (test, verdict) in enumerate(zip(found.tests, verdicts, strict=True)):
+        if verdict.action != test.expect:
+            failed.append(
+                {
+                    "test": index, "line": test.line, "expected": _word(test.expect), "verdict": _word(verdict.action),
+                    "rule": verdict.rule, "packet": describe(test.packet),
+                }
+            )  # fmt: skip
+    if as_json:
+        _print(
+            {
+                "ok": not failed, "rules": len(found.rules), "sets": len(found.sets), "tests": len(found.tests),
+                "judge": judging.name, "problems": [], "failed": failed,
+            }
+        )  # fmt: skip
+    else:
+        for one in failed:
+            where = f"{file}:{one['line']}" if one["line"] else str(file)
+            typer.echo(
+                f"{where}: tests[{one['test']}]: expected {one['expected']}, but it is {one['verdict']} by "
+                f"{_by(one['rule'])}: {one['packet']}",
+                err=True,
+            )
+        counted = f"{_count(len(found.rules), 'rule')}, {_count(len(found.sets), 'set')}"
+        passed = f"{len(found.tests) - len(failed)} of {_count(len(found.tests), 'test')} hold"
+        typer.echo(f"{file}: {counted}; {passed}, judged by {judging.name}{judging.why}")
+    if failed:
+        raise typer.Exit(EXIT_TEST_FAILED)
+
+
+@app.command()
+def explain(
+    policy_file: Annotated[Path, typer.Option("--policy", help="The policy, YAML or JSON.")],
+    packet: Annotated[str | None, typer.Option("--packet", help="One packet as JSON.")] = None,
+    packets: Annotated[
+        Path | None, typer.Option("--packets", help="Packets, one JSON object a line; - is stdin.")
+    ] = None,
+    as_json: JsonOption = False,
+    judge: JudgeOption = Kind.AUTO,
+) -> None:
+    """Say what a policy does to packets, and which rule decides: null where it is the default.
+
+    A packet is {"direction","src","dst","proto","sport","dport","icmp_type","icmp_code","tcp_flags","iface","state"}; only
+    src, dst and proto must be there. With --json each packet gives one line {"verdict","rule","generation"}.
+    """
+    if (packet is None) == (packets is None):
+        raise Refused(
+            Code.POLICY_INVALID, "explain needs either --packet or --packets", "give one of the two"
+        )
+    try:
+        found = policy.load(policy_file).policy
+        asked = [_packet(packet, "--packet")] if packet is not None else _lines(packets or Path("-"))
+    except PolicyRefused as error:
+        _refuse(error)
+    with open_judge(found, judge) as judging:
+        verdicts = judging.judge(asked)
+    if as_json:
+        sys.stdout.write("".join(_verdict_line(verdict) for verdict in verdicts))
+    else:
+        for one, verdict in zip(asked, verdicts, strict=True):
+            typer.echo(f"{_word(verdict.action):6}  by {_by(verdict.rule)}: {describe(one)}")
+    typer.echo(f"judged by {judging.name}{judging.why}", err=True)
+
+
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of the policy language."""
+    typer.echo(schema.text(), nl=False)
+
+
+def describe(packet: Packet) -> str:
+    """A packet in a few words: `ingress tcp 198.51.100.7:0 → 10.1.0.5:22`."""
+    kind = PROTOCOL_NAMES.get(packet.protocol, f"protocol {packet.protocol}")
+    v6 = ":" in packet.src
+    ends = (packet.src, packet.dst)
+    detail = ""
+    if packet.protocol in WITH_PORTS:
+        pairs = zip(ends, (packet.sport, packet.dport), strict=True)
+        ends = tuple(f"[{address}]:{port}" if v6 else f"{address}:{port}" for address, port in pairs)  # type: ignore[assignment]  # still two
+    elif kind in ("icmp", "icmpv6"):
+        detail = f" type {packet.icmp_type} code {packet.icmp_code}"
+    detail += f" on {packet.iface}" if packet.iface else ""
+    detail += f" ({packet.state})" if packet.state != "new" else ""
+    return f"{packet.direction.name.lower()} {kind} {ends[0]} → {ends[1]}{detail}"
+
+
+def _lines(path: Path) -> list[Packet]:
+    name = "stdin" if str(path) == "-" else str(path)
+    lines = sys.stdin.buffer if str(path) == "-" else path.open("rb")
+    found = []
+    with lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                found.append(_packet(line, name, number))
+            if len(found) > MAX_PACKETS:
+                raise Refused(
+                    Code.POLICY_INVALID, f"{name} holds more than {MAX_PACKETS} packets", "split the file"
+                )
+    return found
+
+
+def _packet(text: str | bytes, source: str, number: int = 1) -> Packet:
+    """One packet; the quick way first, since there may be a hundred thousand, and the one that explains when it fails."""
+    try:
+        return policy_tables.packet(json.loads(text))
+    except (ValueError, RecursionError, Wrong):
+        data = text if isinstance(text, bytes) else text.encode(errors="replace")
+        try:
+            return policy.read_packet(data, source)
+        except PolicyRefused as error:
+            there = (msgspec.structs.replace(p, line=p.line and p.line + number - 1) for p in error.problems)
+            raise PolicyRefused(error.code, tuple(there)) from None
+
+
+def _verdict_line(verdict: Verdict) -> str:
+    rule = (
+        "null" if verdict.rule is None else f'"{verdict.rule}"'
+    )  # a name has no character that JSON escapes
+    return f'{{"verdict":"{_word(verdict.action)}","rule":{rule},"generation":{verdict.generation}}}\n'
+
+
+def _word(action: Action) -> str:
+    return action.name.lower()
+
+
+def _by(rule: Any) -> str:
+    return f"rule {rule}" if rule else "the default"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _print(value: Any) -> None:
+    typer.echo(json.dumps(value))
+
+
+def _refuse(error: PolicyRefused) -> NoReturn:
+    typer.echo(render(error.problems), err=True)
+    raise typer.Exit(EXIT_REFUSED) from None
