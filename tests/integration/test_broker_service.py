@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from support import EmbeddedPlace, Place, eventually
+from support_otlp import OtlpReceiver
 
 from loopback.cli import keys, supervise
 from loopback.contracts import subjects
@@ -125,6 +126,35 @@ async def test_a_service_ends_when_the_broker_closes_its_connection_for_good(bro
     with pytest.raises(ExceptionGroup) as group:
         await asyncio.wait_for(task, 10)
     assert group.group_contains(BusLost)
+
+
+async def test_spans_and_counters_are_sent_before_a_service_is_gone(broker: Place) -> None:
+    async def start(one: Service) -> None:
+        with one.tracer.start_as_current_span("last words"):
+            one.meter.create_counter("loopback_words").add(2)
+
+    async with OtlpReceiver() as receiver:
+        stop = asyncio.Event()
+        settings = broker.settings("activation", otlp_endpoint=receiver.endpoint)
+        task = asyncio.ensure_future(service.run("activation", settings, start, stop=stop))
+        stop.set()
+        await asyncio.wait_for(task, 20)
+        assert [(s.name, s.service) for s in receiver.spans] == [("last words", "loopback-activation")]
+        assert [(p.name, p.value) for p in receiver.metrics if p.name == "loopback_words"] == [
+            ("loopback_words", 2.0)
+        ]
+
+
+async def test_a_dead_receiver_does_not_keep_a_service_from_ending(broker: Place) -> None:
+    async def start(one: Service) -> None:
+        with one.tracer.start_as_current_span("unheard"):
+            return
+
+    stop = asyncio.Event()
+    settings = broker.settings("activation", otlp_endpoint="http://127.0.0.1:9")
+    task = asyncio.ensure_future(service.run("activation", settings, start, stop=stop))
+    stop.set()
+    await asyncio.wait_for(task, 20)
 
 
 # Trust
