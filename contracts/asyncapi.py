@@ -85,7 +85,7 @@ CHANNELS: Final[tuple[Channel, ...]] = (
     ),
     Channel(
         "journal", lambda: subjects.journal(_p("workspace"), _p("service"), _p("event")),
-        "What a service accepted or refused.", (messages.JournalEntry,), ("eligibility", "delivery", "activation"),
+        "What a service accepted or refused.", (messages.JournalEntry,), ("eligibility", "delivery", "activation", "telemetry"),
         ("operator",),
     ),
     Channel(
