@@ -256,7 +256,7 @@ REFUSALS = [
     ("wrong workspace", Code.COMMAND_WRONG_SUBJECT, lambda: sealed(pause(workspace="other")), ""),
     (
         "not this service's",
-        Code.COMMAND_UNKnow()N,
+        Code.COMMAND_UNKNOWN,
         lambda: sealed(
             RolloutResume(
                 id="u1", workspace="prod", issued_at=now(), expires_at=now() + timedelta(hours=1), rollout="r"
@@ -274,7 +274,7 @@ REFUSALS = [
         ),
         "",
     ),
-    ("unknown key", Code.SIGNATURE_UNKnow()N_KEY, lambda: sealed(pause(), STRANGER), ""),
+    ("unknown key", Code.SIGNATURE_UNKNOWN_KEY, lambda: sealed(pause(), STRANGER), ""),
     (
         "changed after signing",
         Code.SIGNATURE_INVALID,
@@ -395,7 +395,7 @@ async def test_a_forged_copy_does_not_take_the_place_of_the_real_command(office:
 
 async def test_the_workspace_that_is_missing_leaves_its_refusal_in_the_global_stream(office: Office) -> None:
     async def no(context: CommandContext) -> Accepted:
-        raise Refused(Code.WORKSPACE_UNKnow()N, "there is no such workspace")
+        raise Refused(Code.WORKSPACE_UNKNOWN, "there is no such workspace")
 
     office.answer = no
     office.trust._documents = [trust(operator("ada", ADA, Role.RELEASER, workspace="*"))]
@@ -405,7 +405,7 @@ async def test_the_workspace_that_is_missing_leaves_its_refusal_in_the_global_st
     await office.publish(data, subject=where)
     result = await office.outcome(command.id, place="global")
     assert result.refusal is not None
-    assert result.refusal.code is Code.WORKSPACE_UNKnow()N
+    assert result.refusal.code is Code.WORKSPACE_UNKNOWN
     assert [e.command for e in await office.journal("refused", place="global")] == [command.id]
     # And once the workspace is there, the old command is still no new one.
     await office.place.workspace("ghost")
@@ -509,7 +509,12 @@ async def test_a_handler_that_fails_is_asked_again(office: Office) -> None:
 async def test_events_headers_do_not_let_one_id_stand_for_two_messages(office: Office) -> None:
     """A result and its journal entry share a batch, so their message ids must differ."""
     command = EntitlementPut(
-        id="e1", workspace="prod", issued_at=now(), expires_at=now() + timedelta(hours=1), name="n", module="m"
+        id="e1",
+        workspace="prod",
+        issued_at=now(),
+        expires_at=now() + timedelta(hours=1),
+        name="n",
+        module="m",
     )
     headers = events.headers(
         event_id=command.id, source="cli", event_type="entitlement.put", subject="prod", at=now()
@@ -521,6 +526,6 @@ async def test_events_headers_do_not_let_one_id_stand_for_two_messages(office: O
     )
     result = await office.outcome("e1")
     assert result.refusal is not None
-    assert result.refusal.code is Code.COMMAND_UNKnow()N
+    assert result.refusal.code is Code.COMMAND_UNKNOWN
     ids = [s.headers["Nats-Msg-Id"] for s in await office.admin.read("LB_WS_prod", ["lb.ws.prod.>"])]
     assert len(ids) == len(set(ids)) == 2
