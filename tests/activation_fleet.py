@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,11 +20,13 @@ from opentelemetry import metrics
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support import Place, eventually
 from support_fleet import OPERATOR, WORKSPACE, FakeHost, World, world
 
 from loopback.contracts import desired, envelope, journal, subjects
 from loopback.contracts.codes import Code, Refusal
 from loopback.contracts.desired import DesiredModule, DesiredState, Running
+from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Command, Release, Requirements, Result, Verdict
 from loopback.contracts.reports import ModuleStatus, Phase, Status
 from loopback.contracts.rolloutfold import fold
@@ -34,19 +34,18 @@ from loopback.contracts.rolloutstate import Rollout, Workspace
 from loopback.contracts.trustdoc import Operator, Role, Trust, TrustDocument
 from loopback.services._runtime.bus import Bus, Outgoing
 from loopback.services._runtime.service import Service
+from loopback.services._runtime.settings import read_identity
 from loopback.services.activation import app
 
 Behaviour = Callable[["SimHost", DesiredModule], tuple[Phase, Code | None]]
 
 
 async def until(condition: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
-    """Poll until the condition gives something true; fail naming what was waited for."""
-    deadline = time.monotonic() + timeout
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"after {timeout:.0f} s still not: {what}")
-        await asyncio.sleep(0.02)
-    return found
+    """`eventually`, which names what was waited for."""
+    try:
+        return await eventually(condition, timeout)
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from error
 
 
 class FixedTrust:
@@ -83,7 +82,7 @@ class Replica:
         return self
 
     async def _run(self) -> None:
-        settings = self.fleet.world.settings("activation")
+        settings = self.fleet.place.settings("activation")
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self.spans))
         async with await Bus.connect(settings) as bus, asyncio.TaskGroup() as group:
@@ -99,6 +98,11 @@ class Replica:
                 ready=self.ready,
             )
             await app.start(service)
+
+    def check(self) -> None:
+        """Raise what it died of, if it did."""
+        if self._task is not None and self._task.done():
+            self._task.result()
 
     async def stop(self) -> None:
         if self._task is None:
@@ -181,6 +185,7 @@ class Fleet:
 
     def __init__(self, made: World) -> None:
         self.world = made
+        self.place = made.place
         self.trust = FixedTrust()
         self.hosts: dict[str, SimHost] = {}
         self.replicas: list[Replica] = []
@@ -194,16 +199,13 @@ class Fleet:
     async def open(self) -> None:
         self.admin = await self.world.bus("admin")
         self.client = await nats.connect(
-            self.world.url,
-            user_credentials=str(self.world.home / "creds" / "operator.creds"),
+            self.place.url,
+            user_credentials=str(self.place.home / "creds" / "operator.creds"),
             inbox_prefix=b"_INBOX.operator",
         )
 
     async def add_hosts(self, *names: str, labels: dict[str, str] | None = None) -> None:
-        from loopback.contracts.keys import SigningKey
-        from loopback.services._runtime.settings import read_identity
-
-        identity = read_identity(self.world.home / "creds" / "activation.creds")
+        identity = read_identity(self.place.home / "creds" / "activation.creds")
         key = SigningKey.from_nkey(identity.seed).public
         for name in names:
             host = SimHost(await self.world.host(name, labels=labels or {}), key)
@@ -230,16 +232,17 @@ class Fleet:
         return await self.result(command)
 
     async def result(self, command: Command) -> Result:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
+        async def stored() -> Result | None:
             for place in (command.workspace, subjects.GLOBAL_WORKSPACE):
-                found = await self.admin.last(
-                    subjects.workspace_stream(place), subjects.result(place, command.id)
-                )
+                subject = subjects.result(place, command.id)
+                found = await self.admin.last(subjects.workspace_stream(place), subject)
                 if found is not None:
                     return msgspec.json.decode(found.data, type=Result)
-            await asyncio.sleep(0.02)
-        raise AssertionError(f"no result for {command.id}")
+            return None
+
+        found = await eventually(stored)
+        assert found is not None
+        return found
 
     async def follow(self) -> None:
         """Fold the journal for the test, and give the verdicts that eligibility and delivery would give."""
@@ -281,12 +284,15 @@ class Fleet:
     def rollout(self, name: str) -> Rollout:
         return self.state.rollouts[name]
 
+    def _is(self, name: str, state: str) -> bool:
+        for replica in self.replicas:
+            replica.check()
+        return name in self.state.rollouts and self.rollout(name).state == state
+
     async def ended(self, name: str, state: str, timeout: float = 30.0) -> Rollout:
         """Wait for a state."""
         try:
-            await until(
-                lambda: name in self.state.rollouts and self.rollout(name).state == state, state, timeout
-            )
+            await until(lambda: self._is(name, state), state, timeout)
         except AssertionError:
             told = [(link.rollout, link.event) for link in self.links if link.rollout == name][-8:]
             raise AssertionError(f"{name} is not {state}: {told}") from None
@@ -294,9 +300,9 @@ class Fleet:
 
 
 @asynccontextmanager
-async def fleet(home: Path, *hosts: str, replicas: int = 1) -> AsyncIterator[Fleet]:
+async def fleet(place: Place, *hosts: str, replicas: int = 1) -> AsyncIterator[Fleet]:
     """A world with these hosts, `replicas` of activation and releases 1.0.0 and 1.1.0 of the firewall."""
-    async with world(home) as made:
+    async with world(place) as made:
         found = Fleet(made)
         await found.open()
         try:

@@ -27,7 +27,7 @@ from loopback.services.activation import decide as rules
 from loopback.services.activation import documents, facts
 from loopback.services.activation.documents import Chain, Draft
 from loopback.services.activation.fleet import Fleet
-from loopback.services.activation.store import Store
+from loopback.services.activation.store import Store, heed_cancellation
 
 log = logging.getLogger(__name__)
 IDLE_S: Final = 30.0  # with nothing due it looks again this often
@@ -72,6 +72,7 @@ class Engine:
         await self.store.caught_up.wait()
         waiting: list[_Waiting] = []
         while True:
+            heed_cancellation()
             self.store.changed.clear()
             while not self._inbox.empty() and len(waiting) < INBOX:
                 waiting.append(self._inbox.get_nowait())

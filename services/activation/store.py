@@ -77,7 +77,9 @@ class Store:
 
     async def synced(self) -> None:
         """Wait until everything is folded that was stored when this was called."""
-        await self.reached(await self.bus.revision(self.stream))
+        revision = await self.bus.revision(self.stream)
+        heed_cancellation()
+        await self.reached(revision)
 
     async def write(self, drafts: Sequence[Draft], revision: int) -> None:
         """Store a decision made on `revision`, and wait until it is folded here. The last draft must be a link.
@@ -90,4 +92,15 @@ class Store:
         except Conflict:
             await self.synced()
             raise
+        heed_cancellation()  # the fold that is waited for now may have ended already
         await self.reached(stored)
+
+
+def heed_cancellation() -> None:
+    """End where this task was asked to: in Python 3.11 `wait_for`, in which NATS requests wait, can lose that.
+
+    It does so when the answer arrives in the same turn of the loop (python/cpython#86296, mended in 3.12).
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -7,13 +7,13 @@ import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from activation_fleet import Fleet, fleet, until
 from activation_world import start_command
+from support import Place, eventually
 from support_fleet import OPERATOR, WORKSPACE
 
 from loopback.contracts import desired, envelope, journal, subjects
@@ -43,8 +43,8 @@ V2 = Running("1.1.0", "b" * 64)
 
 
 @pytest.fixture
-async def place(tmp_path: Path) -> AsyncIterator[Fleet]:
-    async with fleet(tmp_path, *HOSTS) as found:
+async def place(any_broker: Place) -> AsyncIterator[Fleet]:
+    async with fleet(any_broker, *HOSTS) as found:
         yield found
 
 
@@ -240,10 +240,7 @@ async def test_a_forged_status_changes_nothing_and_is_journaled_once(place: Flee
     async def entries() -> list[JournalEntry]:
         return [msgspec.json.decode(m.data, type=JournalEntry) for m in await stored(place, subject)]
 
-    for _ in range(200):
-        if await entries():
-            break
-        await asyncio.sleep(0.05)
+    await eventually(entries)
     victim.fake.key = good
     victim.fake.seq += 10
     await victim._apply(victim.states[-1], victim.states[-1].modules[0], "")
@@ -282,8 +279,8 @@ async def test_the_whole_rollout_is_one_trace(place: Fleet) -> None:
     assert all(s.parent and s.parent.span_id in ids for s in handled)
 
 
-async def test_a_replica_that_is_killed_mid_rollout_leaves_nothing_behind(tmp_path: Path) -> None:
-    async with fleet(tmp_path, *(f"h{n}" for n in range(12)), replicas=2) as place:
+async def test_a_replica_that_is_killed_mid_rollout_leaves_nothing_behind(broker: Place) -> None:
+    async with fleet(broker, *(f"h{n}" for n in range(12)), replicas=2) as place:
         await place.send(start("r1", max_unavailable=0.1))
         await until(
             lambda: place.state.rollouts and place.rollout("r1").counts[Standing.PROMOTED] >= 3,
@@ -301,11 +298,11 @@ async def test_a_replica_that_is_killed_mid_rollout_leaves_nothing_behind(tmp_pa
 
 
 async def test_two_replicas_that_race_a_thousand_writes_give_one_content_per_generation(
-    tmp_path: Path,
+    broker: Place,
 ) -> None:
     modules = [f"m{n}" for n in range(25)]
     names = [f"h{n:02}" for n in range(40)]
-    async with fleet(tmp_path, *names, replicas=2) as place:
+    async with fleet(broker, *names, replicas=2) as place:
         for module in modules:
             await place.publish_release(module, "1.0.0", "a" * 64)
         commands = [start(f"r-{m}", module=m, max_unavailable=0.5) for m in modules]
