@@ -140,24 +140,29 @@ def _address(family: int, number: int) -> str:
 @st.composite
 def packets(draw: st.DrawFn, *, stateful: bool = True) -> Packet:
     """A packet on the corners of what `plain_rules` draws from."""
-    family = draw(st.sampled_from([4, 6]))
-    protocol = draw(st.sampled_from([TCP, TCP, UDP, UDP, ICMP if family == 4 else ICMPV6, GRE]))
+    return anywhere(lambda values: draw(st.sampled_from(list(values))), stateful=stateful)
+
+
+def anywhere(choose: Any, *, stateful: bool = True) -> Packet:
+    """A packet on the corners of what `plain_rules` draws from; `choose(sequence)` picks."""
+    family = choose([4, 6])
+    protocol = choose([TCP, TCP, UDP, UDP, ICMP if family == 4 else ICMPV6, GRE])
     ported = protocol in (TCP, UDP)
     icmp = protocol in (ICMP, ICMPV6)
     kinds = sorted(
         {kind for kind, _ in fields.ICMP_TYPES.get(protocol, {"none": (0, None)}).values()} | {8, 3}
     )
     return Packet(
-        direction=draw(st.sampled_from(Direction)),
-        src=_address(family, draw(st.sampled_from(_POOL[family]))),
-        dst=_address(family, draw(st.sampled_from(_POOL[family]))),
+        direction=choose(list(Direction)),
+        src=_address(family, choose(_POOL[family])),
+        dst=_address(family, choose(_POOL[family])),
         protocol=protocol,
-        sport=draw(st.sampled_from(_PORT_POOL)) if ported else 0,
-        dport=draw(st.sampled_from(_PORT_POOL)) if ported else 0,
-        icmp_type=draw(st.sampled_from(kinds)) if icmp else 0,
-        icmp_code=draw(st.sampled_from([0, 1, 3, 4])) if icmp else 0,
-        iface=draw(st.sampled_from(["", *INTERFACES])),
-        state=draw(st.sampled_from(fields.STATES)) if stateful else "new",
+        sport=choose(_PORT_POOL) if ported else 0,
+        dport=choose(_PORT_POOL) if ported else 0,
+        icmp_type=choose(kinds) if icmp else 0,
+        icmp_code=choose([0, 1, 3, 4]) if icmp else 0,
+        iface=choose(["", *INTERFACES]),
+        state=choose(fields.STATES) if stateful else "new",
     )
 
 
