@@ -74,9 +74,10 @@ class ModuleProcess:
 
     @classmethod
     async def start(
-        cls, launch: Launch, group: asyncio.TaskGroup, on_event: Callable[[abi.Event], None] | None = None
-    ) -> ModuleProcess:
-        """Start it and wait for its hello.
+        cls, launch: Launch, group: asyncio.TaskGroup, on_event: Callable[[abi.Event], None] | None = None,
+        note: Callable[[int, int], None] | None = None,
+    ) -> ModuleProcess:  # fmt: skip
+        """Start it and wait for its hello; `note` is given its id and start as soon as it exists.
 
         Raises Refused: MODULE_START (it cannot be started or ends at once), MODULE_ABI (it speaks something else),
         MODULE_TIMEOUT (it says nothing). Nothing is left running then.
@@ -113,6 +114,8 @@ class ModuleProcess:
             self.on_event = on_event
         group.create_task(self._serve(reader, output))
         try:
+            if note is not None:
+                note(self.pid, self.pid_start)
             async with asyncio.timeout(HELLO_S):
                 self.hello = await asyncio.shield(self._greeting)
             self._check(self.hello)

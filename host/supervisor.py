@@ -73,13 +73,14 @@ class Supervisor:
         install.check_requirements(manifest, self.config, self.features)
         self.store.disk.folder(self.own.data)
         launch = _launch(manifest, self.own.version_dir(running), self.own.data, self.own.folder / "log")
+
+        def note(pid: int, start: int) -> None:
+            self.store.disk.write(self.own.folder / "process.json", msgspec.json.encode([pid, start]))
+
         process = await ModuleProcess.start(
-            launch, self.group, lambda event: self.on_event(self.module, event)
+            launch, self.group, lambda event: self.on_event(self.module, event), note
         )
         self.process, self.manifest, self.package = process, manifest, running.package
-        self.store.disk.write(
-            self.own.folder / "process.json", msgspec.json.encode([process.pid, process.pid_start])
-        )
         return process
 
     async def configure(self) -> None:
