@@ -171,7 +171,7 @@ def _assign(
     ledger = workspace.ledger(assignment.host)
     entry = entry_for(rollout, event, assignment)
     ledger.generation = assignment.generation
-    ledger.entries[entry.module] = entry
+    ledger.module(entry.module).entry = entry
     progress.generation = assignment.generation
     progress.observations = 0
     if event.returning:
@@ -202,13 +202,13 @@ def _once_more(rollout: Rollout, progress: HostProgress, at: datetime) -> None:
 
 def _observe(workspace: Workspace, rollout: Rollout, seen: Observation, at: datetime) -> None:
     ledger = workspace.ledger(seen.host)
-    reborn = bool(ledger.incarnation and seen.incarnation and seen.incarnation != ledger.incarnation)
+    module = ledger.module(rollout.created.module)
+    reborn = bool(module.incarnation and seen.incarnation and seen.incarnation != module.incarnation)
     if reborn:
-        ledger.past.add(ledger.incarnation)
-        ledger.promoted = {}
-    ledger.incarnation = seen.incarnation or ledger.incarnation
-    ledger.seq = seen.seq if reborn else max(ledger.seq, seen.seq)
-    ledger.promoted[rollout.created.module] = seen.promoted
+        ledger.past.add(module.incarnation)
+    ledger.incarnation = module.incarnation = seen.incarnation or module.incarnation
+    module.seq = seen.seq if reborn else max(module.seq, seen.seq)
+    module.promoted = seen.promoted
     progress = rollout.hosts.get(seen.host)
     if progress is None:
         return

@@ -79,18 +79,39 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     returning: bool = False
 
 
-class HostLedger:
-    """One host over all rollouts of the workspace: what it was told, what it said."""
+class ModuleLedger:
+    """One module on one host over all rollouts: what it was last told, and what was last journaled of what it said.
 
-    __slots__ = ("entries", "generation", "incarnation", "past", "promoted", "seq")
+    `seq` and `incarnation` are those of the report behind the last observation of this module: one report speaks of several
+    modules, and each of them is journaled in its own rollout.
+    """
+
+    __slots__ = ("entry", "incarnation", "promoted", "seq")
+
+    def __init__(self) -> None:
+        self.entry: Entry | None = None
+        self.promoted: Running | None = None
+        self.incarnation = ""
+        self.seq = 0
+
+
+class HostLedger:
+    """One host over all rollouts of the workspace. `past` are incarnations that another one has followed."""
+
+    __slots__ = ("generation", "incarnation", "modules", "past")
 
     def __init__(self) -> None:
         self.generation = 0
-        self.entries: dict[str, Entry] = {}
-        self.promoted: dict[str, Running | None] = {}
         self.incarnation = ""
         self.past: set[str] = set()
-        self.seq = 0
+        self.modules: dict[str, ModuleLedger] = {}
+
+    def module(self, name: str) -> ModuleLedger:
+        """The module's ledger, made when missing."""
+        found = self.modules.get(name)
+        if found is None:
+            found = self.modules[name] = ModuleLedger()
+        return found
 
 
 class HostProgress:
@@ -232,5 +253,5 @@ class Workspace:
     def owns(self, rollout: Rollout, host: str) -> bool:
         """Whether what the host was last told of the module comes from this rollout."""
         ledger = self.hosts.get(host)
-        entry = ledger.entries.get(rollout.created.module) if ledger else None
-        return entry is not None and entry.rollout == rollout.id
+        found = ledger.modules.get(rollout.created.module) if ledger else None
+        return found is not None and found.entry is not None and found.entry.rollout == rollout.id

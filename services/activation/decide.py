@@ -246,7 +246,8 @@ def _assign(
     for host in hosts:
         ledger = workspace.hosts.get(host)
         generation = (ledger.generation if ledger else 0) + 1
-        expected = ledger.promoted.get(module) if ledger else None
+        known = ledger.modules.get(module) if ledger else None
+        expected = known.promoted if known else None
         found.append(journal.Assignment(host, generation, expected))
     not_after = now + timedelta(seconds=rollout.start.host_deadline_s)
     return (

@@ -82,7 +82,8 @@ def desired(
     """The desired states that an assignment means, for the state before it is folded. `head` is its link's digest."""
     for assignment in event.hosts:
         ledger = workspace.hosts.get(assignment.host)
-        entries = dict(ledger.entries) if ledger else {}
+        known = ledger.modules.items() if ledger else ()
+        entries = {name: module.entry for name, module in known if module.entry is not None}
         entries[rollout.created.module] = entry_for(rollout, event, assignment)
         yield DesiredState(
             host=assignment.host,

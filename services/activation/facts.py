@@ -13,7 +13,7 @@ from loopback.contracts import journal
 from loopback.contracts.journal import Observation
 from loopback.contracts.messages import Presence, Verdict
 from loopback.contracts.reports import FINAL, ModuleStatus, Phase, Status
-from loopback.contracts.rolloutstate import HostLedger, HostProgress, Standing, State, Workspace
+from loopback.contracts.rolloutstate import HostProgress, ModuleLedger, Standing, State, Workspace
 
 MAX_OBSERVATIONS: Final = (
     100  # links' worth of one host per assignment: a host that flaps cannot flood the journal
@@ -27,34 +27,34 @@ def observations(workspace: Workspace, status: Status) -> list[tuple[str, Observ
     ledger = workspace.hosts.get(status.host)
     if ledger is None or status.incarnation in ledger.past:
         return []
-    if status.incarnation == ledger.incarnation and status.seq <= ledger.seq:
-        return []
-    reborn = bool(ledger.incarnation) and status.incarnation != ledger.incarnation
     said = {m.module: m for m in status.modules}
     found = []
-    for module, entry in ledger.entries.items():
-        rollout = workspace.rollouts[entry.rollout]
+    for module, known in ledger.modules.items():
+        if known.entry is None or (status.incarnation == known.incarnation and status.seq <= known.seq):
+            continue
+        reborn = bool(known.incarnation) and status.incarnation != known.incarnation
+        rollout = workspace.rollouts[known.entry.rollout]
         progress = rollout.hosts.get(status.host)
         report = said.get(module)
         if report is None and reborn:
             report = ModuleStatus(module=module, phase=Phase.IDLE, generation=0)
         if report is None or progress is None or rollout.broken:
             continue
-        if reborn or _news(ledger, module, progress, report):
+        if reborn or _news(known, progress, report):
             found.append((rollout.id, _observation(status, report)))
     return found
 
 
-def _news(ledger: HostLedger, module: str, progress: HostProgress, report: ModuleStatus) -> bool:
+def _news(known: ModuleLedger, progress: HostProgress, report: ModuleStatus) -> bool:
     if progress.observations >= MAX_OBSERVATIONS:
         return False
-    if report.promoted != ledger.promoted.get(module):
+    if report.promoted != known.promoted:
         return True
     if report.generation != progress.generation or report.phase not in _WORTH:
         return False
     code = report.refusal.code if report.refusal else None
-    known = progress.refusal.code if progress.refusal else None
-    if progress.observations == 0 or report.phase is not progress.phase or code != known:
+    before = progress.refusal.code if progress.refusal else None
+    if progress.observations == 0 or report.phase is not progress.phase or code != before:
         return True
     return (report.health in _UNWELL) != (
         progress.health in _UNWELL

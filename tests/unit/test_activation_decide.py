@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import msgspec
 import pytest
 from activation_world import T0, World, start_command
 
@@ -15,6 +16,7 @@ from loopback.contracts.reports import Phase
 from loopback.contracts.rolloutfold import fold
 from loopback.contracts.rolloutstate import Standing, State, WaveState, Workspace
 from loopback.services.activation import decide as rules
+from loopback.services.activation import facts
 
 V1 = Running("1.0.0", "a" * 64, "d" * 64, 1)
 V2 = Running("1.1.0", "b" * 64, "d" * 64, 1)
@@ -558,6 +560,37 @@ def test_an_agent_that_lost_its_disk_is_told_again_in_its_new_incarnation() -> N
     assert not world.report("h0", Phase.PROMOTED, V1, incarnation="one", seq=99), (
         "the old one is gone for good"
     )
+
+
+def test_one_report_about_two_modules_is_news_for_both_of_their_rollouts() -> None:
+    world = World(1)
+    world.begin("r1", policy=None)
+    world.begin("r2", module="edge", policy=None)
+    statuses = [
+        world.status("h0", Phase.PROMOTED, Running("1.0.0", "a" * 64), module=m, seq=1)
+        for m in ("firewall", "edge")
+    ]
+    both = msgspec.structs.replace(statuses[0], modules=statuses[0].modules + statuses[1].modules)
+    found = facts.events(world.workspace, [both], [], [])
+    assert found.keys() == {"r1", "r2"}
+    world.write("r1", *found["r1"])
+    assert facts.events(world.workspace, [both], [], []) == {"r2": found["r2"]}, (
+        "what is not journaled yet stays news"
+    )
+    world.write("r2", *found["r2"])
+    assert facts.events(world.workspace, [both], [], []) == {}
+
+
+def test_every_module_of_an_agent_that_lost_its_disk_is_told_again() -> None:
+    world = upgraded(1)
+    world.begin("edge-1", module="edge", policy=None)
+    world.finish("edge-1")
+    assert world.report("h0", Phase.IDLE, None, incarnation="two", seq=1, empty=True)
+    world.decide()
+    assert [(m.module, m.expected, m.generation > 2) for m in world.desired["h0"][-1].modules] == [
+        ("edge", None, True),
+        ("firewall", None, True),
+    ]
 
 
 def test_old_and_repeated_reports_are_no_news() -> None:
