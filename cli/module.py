@@ -16,7 +16,6 @@ from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Release, ReleasePublish
-from loopback.modules.build import build_module
 from loopback.trust import package, signing
 from loopback.trust.package import PackageInfo
 from loopback.trust.repository import TrustedRepository, target_path
@@ -37,6 +36,8 @@ def build_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile and pack a module. The same sources and compiler give the same bytes."""
+    from loopback.modules.build import build_module  # only building needs the compiler's side
+
     built = build_module(source, version=version, overlay=overlay, out=out)
     found = {
         "module": built.manifest.name,
@@ -62,33 +63,39 @@ def publish_command(
     channel: Annotated[str, typer.Option(help="Entitlements name it.")] = "stable",
 ) -> None:
     """Sign a package with its family's key and have delivery publish it."""
-    info = package.inspect(file)
-    asyncio.run(_publish(file, info, channel))
+    info = asyncio.run(_publish(file, channel))
     typer.echo(
         f"published {info.manifest.name} {info.manifest.version} ({channel}), sha256 {info.digest}", err=True
     )
 
 
-async def _publish(file: Path, info: PackageInfo, channel: str) -> None:
+async def _publish(file: Path, channel: str) -> PackageInfo:
+    package.inspect(file)  # before anything is asked of a server
     async with context.connect() as session:
-        trusted = await keys.repository(session)
-        home = session.context.home
-        metadata = await asyncio.to_thread(sign_release, home, trusted, info, channel)
-        digest = await session.put_blob(await asyncio.to_thread(file.read_bytes))
-        if digest != info.digest:
-            raise Refused(Code.PACKAGE_DIGEST, f"{file} changed while it was published", "publish it again")
-        await session.send(
-            ReleasePublish(
-                **context.new_command_fields(subjects.GLOBAL_WORKSPACE),
-                module=info.manifest.name,
-                version=info.manifest.version,
-                digest=info.digest,
-                size=info.size,
-                metadata=keys.encode(metadata),
-                channel=channel,
-            ),
-            "delivery",
-        )
+        return await publish(session, file, channel)
+
+
+async def publish(session: context.Session, file: Path, channel: str = "stable") -> PackageInfo:
+    """Verify and sign a package with its family's key, store it, and have delivery publish it. Raises Refused."""
+    info = await asyncio.to_thread(package.inspect, file)
+    trusted = await keys.repository(session)
+    metadata = await asyncio.to_thread(sign_release, session.context.home, trusted, info, channel)
+    digest = await session.put_blob(await asyncio.to_thread(file.read_bytes))
+    if digest != info.digest:
+        raise Refused(Code.PACKAGE_DIGEST, f"{file} changed while it was published", "publish it again")
+    await session.send(
+        ReleasePublish(
+            **context.new_command_fields(subjects.GLOBAL_WORKSPACE),
+            module=info.manifest.name,
+            version=info.manifest.version,
+            digest=info.digest,
+            size=info.size,
+            metadata=keys.encode(metadata),
+            channel=channel,
+        ),
+        "delivery",
+    )
+    return info
 
 
 def sign_release(

@@ -20,6 +20,7 @@ from typing import Any, Final, Self
 import nats
 import nats.errors
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.js.client import JetStreamContext
 from opentelemetry import metrics, propagate
 
@@ -184,11 +185,11 @@ class Bus:
             headers = {**given, "Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
             if number == len(prepared):
                 headers["Nats-Batch-Commit"] = "1"
-                answer = await self.nc.request(out.subject, out.data, timeout=ATTEMPT_S, headers=headers)
+                answer = await self._request(out.subject, out.data, headers)
                 return wire.read_ack(answer.data).seq
             if number == 1:
                 # Asked, because the answer to the commit would not tell why the first was refused.
-                answer = await self.nc.request(out.subject, out.data, timeout=ATTEMPT_S, headers=headers)
+                answer = await self._request(out.subject, out.data, headers)
                 if answer.data:
                     wire.read_ack(answer.data)
             else:
@@ -200,7 +201,7 @@ class Bus:
         uncertain = False
         async for _ in self._attempts(f"publish to {out.subject}", out.subject):
             try:
-                answer = await self.nc.request(out.subject, out.data, timeout=ATTEMPT_S, headers=headers)
+                answer = await self._request(out.subject, out.data, headers)
                 return wire.read_ack(answer.data).seq
             except nats.errors.NoRespondersError:
                 continue
@@ -220,6 +221,19 @@ class Bus:
                         return found
                 raise
         raise Unavailable(f"{out.subject} was not confirmed in {RETRY_S:.0f} s")
+
+    async def _request(self, subject: str, data: bytes, headers: dict[str, str] | None = None) -> Msg:
+        """One request. Being cancelled just as the answer comes is being cancelled.
+
+        The client library waits with asyncio.wait_for, which in Python 3.11 returns the answer then and forgets the
+        cancellation; a service that was told to stop went on for ever.
+        """
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
+        answer = await self.nc.request(subject, data, timeout=ATTEMPT_S, headers=headers)
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+        return answer
 
     def _headers(self, out: Outgoing, expected_last: int | None, message_id: str) -> dict[str, str]:
         headers = dict(out.headers)
@@ -273,7 +287,7 @@ class Bus:
         data = json.dumps(body).encode() if body is not None else b""
         async for _ in self._attempts(f"ask {verb}", subject):
             try:
-                answer = await self.nc.request(subject, data, timeout=ATTEMPT_S)
+                answer = await self._request(subject, data)
             except (nats.errors.Error, TimeoutError) as error:
                 log.debug("%s: %s; asking again", verb, error or type(error).__name__)
                 continue

@@ -21,8 +21,7 @@ from tuf.api.metadata import Root, Snapshot, Targets, Timestamp  # type: ignore[
 
 from loopback.contracts import journal
 from loopback.contracts.codes import Code, Refusal, Refused
-from loopback.contracts.decoding import Decoder
-from loopback.contracts.envelope import POLICY, Envelope, open_envelope
+from loopback.contracts.envelope import POLICY, open_envelope, parse
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Release, ReleasePublish, decode_policy
 from loopback.contracts.trustdoc import EVERY_WORKSPACE, Role, Trust
@@ -33,7 +32,6 @@ from loopback.trust.repository import MAX_ROOT, MAX_TARGETS, TargetInfo, target_
 MAX_FILES: Final = 16  # metadata files in one command
 RENEW_AT: Final = 0.5  # part of a file's life after which it is signed anew
 
-_ENVELOPE = Decoder(msgspec.json.Decoder(Envelope))
 _NAME = re.compile(r"(?P<version>[1-9][0-9]{0,9})\.(?P<role>root|targets|module-[a-z][a-z0-9-]{0,63})\.json")
 
 
@@ -239,8 +237,7 @@ def judge_release(created: journal.Created, target: TargetInfo | None) -> Refusa
 def judge_policy(created: journal.Created, workspace: str, data: bytes, trust: Trust) -> Refusal | None:
     """Why hosts would refuse the rollout's policy, or None. They judge for themselves; this answers earlier."""
     try:
-        sealed = _ENVELOPE.decode(data)
-        payload, keyids = open_envelope(sealed, POLICY, trust.operator_keys)
+        payload, keyids = open_envelope(parse(data), POLICY, trust.operator_keys)
         trust.authorise(keyids, Role.AUTHOR, workspace)
         policy = decode_policy(payload)
     except (msgspec.MsgspecError, RecursionError) as error:

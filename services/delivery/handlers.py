@@ -66,7 +66,6 @@ class Handlers:
         await self._store.publish(incoming, command)
         release = decide.release(command, manifest, tuple(context.operators), context.now)
         await self._list(release, command)
-        await self._trust.look_again()
         return Accepted(detail={"target": path, "digest": command.digest, "channel": command.channel})
 
     async def publish_metadata(self, context: CommandContext) -> Accepted:
@@ -76,7 +75,7 @@ class Handlers:
         _require_global(command)
         incoming = decide.incoming(command.metadata)
         await self._store.publish(incoming)
-        await self._trust.look_again()
+        await self._trust.refresh()  # so that the next command is judged by it
         return Accepted(detail={"files": " ".join(sorted(incoming))})
 
     async def on_created(self, stored: Stored) -> None:
