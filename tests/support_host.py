@@ -81,18 +81,15 @@ class Signers:
             absent=target is None,
         )
         scope = msgspec.structs.replace(scope, **changes.pop("scope", {}))
-        return RolloutStart(
-            **self.times(),
-            **{
-                "rollout": rollout,
-                "module": self.module,
-                "version": target.version if target else "",
-                "waves": (Wave(name="all"),),
-                "scope": scope,
-                "trial_s": 0.3,
-            }
-            | changes,
-        )
+        fields = self.times() | {
+            "rollout": rollout,
+            "module": self.module,
+            "version": target.version if target else "",
+            "waves": (Wave(name="all"),),
+            "scope": scope,
+            "trial_s": 0.3,
+        }
+        return RolloutStart(**fields | changes)
 
     def entry(self, target: Running | None, generation: int, **changes: Any) -> DesiredModule:
         """An entry inside the scope of a fresh rollout."""
@@ -108,12 +105,12 @@ class Signers:
         return DesiredModule(**fields | changes)
 
     def desired(
-        self, host: str, record: Envelope | None, *entries: DesiredModule, **changes: Any
+        self, name: str, signed_record: Envelope | None, *entries: DesiredModule, **changes: Any
     ) -> DesiredState:
         """A host's document; its generation is that of its newest entry."""
         fields: dict[str, Any] = {
-            "host": host, "workspace": WORKSPACE, "generation": max((e.generation for e in entries), default=1),
-            "modules": entries, "issued_at": datetime.now(UTC), "record": record,
+            "host": name, "workspace": WORKSPACE, "generation": max((e.generation for e in entries), default=1),
+            "modules": entries, "issued_at": datetime.now(UTC), "record": signed_record,
         }  # fmt: skip
         return DesiredState(**fields | changes)
 
