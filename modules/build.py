@@ -39,7 +39,7 @@ def build_module(
     `version` replaces the manifest's. `overlay` is a folder whose files replace those at the same path in the package
     (`lib/loopback/modules/…`), or an eBPF source at its path in `[build].bpf` before it is compiled. `out` is a folder,
     or a file whose name ends in `.lbm`; it is written only once everything succeeded.
-    Raises Refused naming file, line or field: MANIFEST_*, PACKAGE_*, KERNEL_* from the compiler.
+    Raises Refused naming file, line or field: MANIFEST_*, PACKAGE_* (also with the words of clang).
     """
     described = source_dir / package.MANIFEST
     try:
