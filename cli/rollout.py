@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, cast
 
 import msgspec
 import typer
@@ -392,24 +392,27 @@ async def _watch(session: context.Session, workspace: str, name: str, json: bool
         Live(console=Console(), refresh_per_second=4, transient=False) if terminal else nullcontext()
     )
     recent: list[str] = []
-    with screen as display:
-        async for message in session.follow(stream, filters):
-            link = fold(state, message.data)
-            rollout = state.rollouts.get(name)
-            if rollout is None:
-                continue
-            if link is not None and json:
-                typer.echo(msgspec.json.encode(link).decode())
-            elif link is not None and (said := rolloutview.line(rollout, link)):
-                recent.append(said)
-                if not terminal:
-                    typer.echo(said)
-            if display is not None:
-                display.update(rolloutview.live(rollout, recent, datetime.now(UTC)))
-            if message.sequence >= end and _over(rollout):
-                break
+    # Closed here, before the connection is: a generator that is merely dropped would try to unsubscribe later.
+    following = cast(AsyncGenerator[context.Message, None], session.follow(stream, filters))
+    async with aclosing(following) as messages:
+        with screen as display:
+            async for message in messages:
+                link = fold(state, message.data)
+                rollout = state.rollouts.get(name)
+                if rollout is None:
+                    continue
+                if link is not None and json:
+                    typer.echo(msgspec.json.encode(link).decode())
+                elif link is not None and (said := rolloutview.line(rollout, link)):
+                    recent.append(said)
+                    if not terminal:
+                        typer.echo(said)
+                if display is not None:
+                    display.update(rolloutview.live(rollout, recent, datetime.now(UTC)))
+                if message.sequence >= end and _over(rollout):
+                    break
     rollout = find(state, name)
-    if rollout.state not in (State.DONE,):
+    if rollout.state is not State.DONE:
         typer.echo(rolloutview.words(rollout), err=True)
     if rollout.state is State.PAUSED:
         typer.echo(f"next: loopback rollout resume {name}, or abort {name}", err=True)

@@ -19,6 +19,7 @@ from loopback.contracts.codes import Code, Refused
 from loopback.contracts.messages import Gates, Selector, Wave
 
 MAX_FILE: Final = 1024 * 1024  # bytes
+MAX_DURATION_S: Final = 10 * 365 * 86400.0
 VALID_S: Final = (
     86400.0  # how long hosts may be changed on the strength of one signature, where the file does not say
 )
@@ -132,12 +133,13 @@ class _Reader:
             return default
         said = str(node.value) if isinstance(node, yaml.ScalarNode) else ""
         if _DURATION.fullmatch(said):
-            return sum(float(amount) * _UNITS[unit] for amount, unit in _PART.findall(said))
-        try:
-            value = float(said)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < 0:
+            value = sum(float(amount) * _UNITS[unit] for amount, unit in _PART.findall(said))
+        else:
+            try:
+                value = float(said)
+            except ValueError:
+                value = math.nan
+        if not 0 <= value <= MAX_DURATION_S:
             self.wrong(name, node, f"{_kind(node)} is not a duration", "write it like 30s, 10m or 1h30m")
         return value
 
@@ -276,9 +278,11 @@ def _compose(data: bytes, path: Path) -> yaml.Node:
         node: Any = yaml.compose(data, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise Refused(Code.ROLLOUT_INVALID, f"{path}:{line}: not YAML: {error.problem}") from None
+        problem = f"{path}:{line}: not YAML: {error.problem}"
+        raise Refused(Code.ROLLOUT_INVALID, problem, "correct the file") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused(Code.ROLLOUT_INVALID, f"{path}: not YAML: {error}") from None
+        problem = f"{path}: not YAML: {error}"
+        raise Refused(Code.ROLLOUT_INVALID, problem, "correct the file") from None
     if node is None:
         raise Refused(Code.ROLLOUT_INVALID, f"{path}: the file is empty", "see docs/policy.md for an example")
     found: yaml.Node = node

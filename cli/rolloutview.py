@@ -78,6 +78,7 @@ def _host(progress: HostProgress) -> dict[str, Any]:
         "promoted": running(progress.promoted),
         "came_from": running(progress.origin),
         "refusal": _refusal(progress.refusal),
+        "failure": _refusal(progress.failure),
         "since": progress.since,
     }
 
@@ -103,19 +104,17 @@ def words(rollout: Rollout) -> str:
     if rollout.broken:
         lines.append(f"  its journal is broken: {rollout.broken}")
     if rollout.reason:
-        lines.append(f"  {rollout.reason}")
+        lines.append(f"  {rollout.reason}" + (f"  [{rollout.refusal.code}]" if rollout.refusal else ""))
     if rollout.refusal is not None and rollout.refusal.next_step:
         lines.append(f"  next: {rollout.refusal.next_step}")
     width = max((len(w.name) for w in rollout.waves), default=0)
     for wave in rollout.waves:
         lines.append(f"  {wave.name.ljust(width)}  {wave.state!s:<12} {_counts(wave)}")
     for host, progress in rollout.hosts.items():
-        if (
-            progress.standing in (Standing.PENDING, Standing.PROMOTED, Standing.RETURNED)
-            and not progress.refusal
-        ):
+        fine = progress.standing in (Standing.PENDING, Standing.PROMOTED, Standing.RETURNED)
+        if fine and not progress.failure:
             continue
-        why = f": {progress.refusal.reason}  [{progress.refusal.code}]" if progress.refusal else ""
+        why = f": {progress.failure.reason}  [{progress.failure.code}]" if progress.failure else ""
         phase = f" ({progress.phase})" if progress.phase else ""
         lines.append(f"    {host}  {progress.standing}{phase}{why}")
     for host, refusal in rollout.skipped.items():

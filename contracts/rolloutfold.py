@@ -240,9 +240,11 @@ def _answer(rollout: Rollout, progress: HostProgress, seen: Observation, at: dat
             standing = _judge(seen, rollout.created.target)
             if standing is not None:
                 rollout.move(progress, standing, at)
+                progress.failure = _why(seen) if standing is not Standing.PROMOTED else None
         case Standing.PROMOTED if rollout.state is not State.DONE:
             if _judge(seen, rollout.created.target) is Standing.FAILED:
                 rollout.move(progress, Standing.FAILED, at)
+                progress.failure = _why(seen)
         case Standing.RETURNING | Standing.STRANDED:
             # Back is who finished with the entry and runs what it came from, by whichever way.
             if seen.phase in _FINISHED and seen.promoted == progress.origin:
@@ -251,6 +253,10 @@ def _answer(rollout: Rollout, progress: HostProgress, seen: Observation, at: dat
                 rollout.move(progress, Standing.STRANDED, at)
         case _:
             pass
+
+
+def _why(seen: Observation) -> Refusal:
+    return seen.refusal or Refusal(Code.MODULE_UNHEALTHY, f"it reported {seen.phase} and {seen.health}")
 
 
 def _judge(seen: Observation, target: Running | None) -> Standing | None:
@@ -272,7 +278,7 @@ def _lost(rollout: Rollout, host: str, at: datetime) -> None:
         return
     watched = rollout.waves[progress.wave].state is not WaveState.DONE
     if progress.standing is Standing.ASSIGNED or (progress.standing is Standing.PROMOTED and watched):
-        progress.refusal = Refusal(
+        progress.failure = Refusal(
             Code.HOST_LOST, "it vanished during the rollout", "see 'loopback host show' for its last word"
         )
         rollout.move(progress, Standing.FAILED, at)
@@ -286,11 +292,11 @@ def _expire(rollout: Rollout, host: str, refusal: Refusal, at: datetime) -> None
         rollout.to_return.pop(host, None)
         rollout.again.pop(host, None)
         rollout.move(progress, Standing.STRANDED, at)
-        progress.refusal = refusal
+        progress.failure = progress.failure or refusal
     elif progress.standing in (Standing.ASSIGNED, Standing.PENDING):
         rollout.move(progress, Standing.FAILED, at)
         _unqueue(rollout, progress)
-        progress.refusal = refusal
+        progress.failure = refusal
 
 
 def _resumed(rollout: Rollout, at: datetime) -> None:

@@ -115,10 +115,13 @@ class HostLedger:
 
 
 class HostProgress:
-    """One host in one rollout. `origin` is what it had promoted before, `generation` 0 until it is assigned."""
+    """One host in one rollout. `origin` is what it had promoted before, `generation` 0 until it is assigned.
+
+    `refusal` is what it said last; `failure` why it failed or was inconclusive, kept as evidence after it returned.
+    """
 
     __slots__ = (
-        "enforcing", "generation", "health", "host", "incarnation", "observations", "origin", "phase", "promoted",
+        "enforcing", "failure", "generation", "health", "host", "incarnation", "observations", "origin", "phase", "promoted",
         "refusal", "retries", "since", "standing", "wave",
     )  # fmt: skip
 
@@ -137,6 +140,7 @@ class HostProgress:
         self.enforcing = False
         self.incarnation = ""
         self.refusal: Refusal | None = None
+        self.failure: Refusal | None = None
 
     @property
     def fresh(self) -> bool:

@@ -158,11 +158,11 @@ def _failed(rollout: Rollout) -> Events:
         if not (too_many or all_bad):
             continue
         first = next(p for h in wave.hosts if (p := rollout.hosts[h]).standing is Standing.FAILED)
-        why = first.refusal.reason if first.refusal else f"it reported {first.phase} and {first.health}"
+        why = first.failure or Refusal(Code.MODULE_UNHEALTHY, f"it reported {first.phase} and {first.health}")
         refusal = Refusal(
-            first.refusal.code if first.refusal else Code.MODULE_UNHEALTHY,
+            why.code,
             f"wave {wave.name!r} failed: {failed} of {wave.answered} hosts that answered, {limit} may; "
-            f"first {first.host!r}: {why}",
+            f"first {first.host!r}: {why.reason}",
             f"see 'loopback rollout show {rollout.id}'",
         )
         events: list[journal.AnyEvent] = [
