@@ -1,0 +1,49 @@
+"""Read a ring buffer of the kernel."""
+
+from __future__ import annotations
+
+import ctypes as ct
+import errno
+from collections.abc import Callable
+from typing import Any
+
+from loopback.bpf import loader
+from loopback.bpf.loader import Map, refused
+
+
+class Ring:
+    """A consumer of one ring buffer map. There must be only one at a time."""
+
+    def __init__(self, ring: Map, on: Callable[[bytes], None]) -> None:
+        """`on` gets each record. Raises Refused."""
+        lib = loader._library()
+        lib.ring_buffer__new.restype = ct.c_void_p
+        lib.ring_buffer__new.argtypes = [ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_void_p]
+
+        def receive(_context: Any, data: int, size: int) -> int:
+            on(ct.string_at(data, size))
+            return 0
+
+        # libbpf calls it as long as this lives
+        self._receive = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)(receive)
+        handle = lib.ring_buffer__new(ring.fd, ct.cast(self._receive, ct.c_void_p), None, None)
+        if not handle:
+            raise refused(ct.get_errno() or errno.EINVAL, "opening the ring buffer")
+        self._handle: ct.c_void_p | None = ct.c_void_p(handle)
+
+    def fileno(self) -> int:
+        """Readable when there are records."""
+        return int(loader._library().ring_buffer__epoll_fd(self._handle))
+
+    def consume(self) -> int:
+        """Hand over what is there now. Returns how many records. Raises Refused."""
+        result = int(loader._library().ring_buffer__consume(self._handle))
+        if result < 0:
+            raise refused(result, "reading the ring buffer")
+        return result
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._handle is not None:
+            loader._library().ring_buffer__free(self._handle)
+            self._handle = None

@@ -1,0 +1,129 @@
+"""Network devices, over rtnetlink: which there are, of what kind, and when that changes. No privilege is needed."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+_RTM_NEWLINK, _RTM_GETLINK, _RTM_GETQDISC, _RTM_DELQDISC, _RTM_GETTFILTER = 16, 18, 38, 37, 46
+_REQUEST, _ACK, _DUMP = 1, 4, 0x300
+_IFLA_IFNAME = 3
+_GROUP_LINK = 1
+_TCA_KIND = 1
+_CLSACT: Final = 0xFFFFFFF1  # TC_H_CLSACT
+_PARENTS: Final = (0xFFFFFFF2, 0xFFFFFFF3)  # its ingress and egress
+ARPHRD_ETHER, ARPHRD_LOOPBACK = 1, 772
+IFF_UP: Final = 1
+
+
+class Device(msgspec.Struct, frozen=True):
+    """A network device. `kind` is its ARPHRD type."""
+
+    index: int
+    name: str
+    kind: int
+    up: bool
+
+    @property
+    def ethernet(self) -> bool:
+        """Whether its packets begin with an Ethernet header."""
+        return self.kind in (ARPHRD_ETHER, ARPHRD_LOOPBACK)
+
+    @property
+    def loopback(self) -> bool:
+        """Whether it is `lo`."""
+        return self.kind == ARPHRD_LOOPBACK
+
+
+def devices() -> list[Device]:
+    """Every device of this network namespace. Raises OSError."""
+    found = []
+    for kind, body in _ask(_RTM_GETLINK, struct.pack("=BxHiII", 0, 0, 0, 0, 0), _DUMP):
+        if kind == _RTM_NEWLINK:
+            _family, hardware, index, flags, _change = struct.unpack_from("=BxHiII", body)
+            name = dict(_attributes(body[16:])).get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
+            found.append(Device(index, name, hardware, bool(flags & IFF_UP)))
+    return found
+
+
+def monitor() -> socket.socket:
+    """A non-blocking socket that becomes readable whenever a device appears, goes or changes. Raises OSError."""
+    listening = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    listening.bind((0, _GROUP_LINK))
+    listening.setblocking(False)
+    return listening
+
+
+def drain(listening: socket.socket) -> None:
+    """Read away what a monitor has said; its reader looks at `devices` again. An overrun means the same."""
+    while True:
+        try:
+            if not listening.recv(65536):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            continue  # ENOBUFS: messages were lost, which is why devices are read again
+
+
+def has_clsact(index: int) -> bool:
+    """Whether the device has the clsact discipline. Raises OSError."""
+    for _kind, body in _ask(_RTM_GETQDISC, struct.pack("=BxxxiIII", 0, index, 0, 0, 0), _DUMP):
+        _family, owner, _handle, parent, _info = struct.unpack_from("=BxxxiIII", body)
+        if owner == index and dict(_attributes(body[20:])).get(_TCA_KIND, b"").rstrip(b"\0") == b"clsact":
+            return bool(parent == _CLSACT)
+    return False
+
+
+def filters(index: int) -> int:
+    """How many filters hang on the device's clsact. Raises OSError."""
+    return sum(
+        1
+        for parent in _PARENTS
+        for _kind, body in _ask(_RTM_GETTFILTER, struct.pack("=BxxxiIII", 0, index, 0, parent, 0), _DUMP)
+        if struct.unpack_from("=BxxxiIII", body)[1] == index
+    )
+
+
+def remove_clsact(index: int) -> None:
+    """Take the discipline away, with whatever hangs on it. Raises OSError."""
+    for _reply in _ask(_RTM_DELQDISC, struct.pack("=BxxxiIII", 0, index, 0xFFFF0000, _CLSACT, 0), _ACK):
+        pass
+
+
+def _ask(kind: int, body: bytes, flags: int) -> Iterator[tuple[int, bytes]]:
+    """One request; the answers as (type, body after the netlink header)."""
+    with socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+    ) as asking:
+        asking.settimeout(5)
+        asking.bind((0, 0))
+        asking.send(struct.pack("=IHHII", 16 + len(body), kind, _REQUEST | flags, 1, 0) + body)
+        while True:
+            data = asking.recv(1 << 18)
+            at = 0
+            while at + 16 <= len(data):
+                length, type_, _flags, _sequence, _port = struct.unpack_from("=IHHII", data, at)
+                if type_ == 3:  # NLMSG_DONE
+                    return
+                if type_ == 2:  # NLMSG_ERROR, or an acknowledgement
+                    number = -struct.unpack_from("=i", data, at + 16)[0]
+                    if number:
+                        raise OSError(number, "rtnetlink")
+                    return
+                yield type_, data[at + 16 : at + length]
+                at += (length + 3) & ~3
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, at)
+        if length < 4:
+            return
+        yield kind & 0x3FFF, data[at + 4 : at + length]
+        at += (length + 3) & ~3
