@@ -329,7 +329,7 @@ def check_policy(data: bytes, target: Running, module: str, workspace: str, trus
 def read_policy(payload: bytes) -> messages.Policy:
     """Decode a policy's payload. Raises Refused(POLICY_MALFORMED)."""
     try:
-        return msgspec.json.decode(payload, type=messages.Policy)
+        return messages.decode_policy(payload)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise Refused(Code.POLICY_MALFORMED, f"the policy is malformed: {error}") from None
 

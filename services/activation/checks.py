@@ -13,7 +13,7 @@ import msgspec
 
 from loopback.contracts import envelope
 from loopback.contracts.codes import Code, Refused
-from loopback.contracts.messages import Policy, Release, RolloutStart
+from loopback.contracts.messages import Release, RolloutStart, decode_policy
 from loopback.contracts.rolloutstate import FINAL, HOLDING, Rollout, State, Workspace
 from loopback.contracts.trustdoc import Role, Trust
 
@@ -88,7 +88,7 @@ def policy(workspace: Workspace, start: RolloutStart, blob: bytes | None, trust:
     payload, keyids = envelope.open_envelope(envelope.parse(blob), envelope.POLICY, trust.operator_keys)
     trust.authorise(keyids, Role.AUTHOR, start.workspace)
     try:
-        found = msgspec.json.decode(payload, type=Policy)
+        found = decode_policy(payload)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise Refused(
             Code.POLICY_MALFORMED, f"scope.policy: the signed policy does not read: {error}"
