@@ -114,13 +114,19 @@ def policy(workspace: Workspace, start: RolloutStart, blob: bytes | None, trust:
 
 
 def find(workspace: Workspace, name: str) -> Rollout:
-    """The rollout. Raises ROLLOUT_UNKNOWN."""
+    """The rollout. Raises ROLLOUT_UNKNOWN, and ROLLOUT_STATE where its journal is not to be believed."""
     found = workspace.rollouts.get(name)
     if found is None:
         raise Refused(
             Code.ROLLOUT_UNKNOWN,
             f"there is no rollout {name!r} in workspace {workspace.name!r}",
             "see 'loopback rollout list'",
+        )
+    if found.broken:
+        raise Refused(
+            Code.ROLLOUT_STATE,
+            f"the journal of rollout {name!r} is broken: {found.broken}",
+            "find out who wrote to the workspace's stream; start a new rollout for its hosts",
         )
     return found
 

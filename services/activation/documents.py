@@ -110,7 +110,8 @@ def _module(rollout: Rollout, entry: Entry) -> DesiredModule:
         expected=entry.expected,
         size=created.size if wanted else 0,
         trial_s=rollout.start.trial_s,
-        not_after=entry.not_after,
+        # The way back stays open: a host that was away for days still returns to what it came from.
+        not_after=None if entry.returning else entry.not_after,
         returning=entry.returning,
     )
 
