@@ -1,6 +1,7 @@
 """Entry point of `loopback`: finds the area a person asked for and turns refusals into words.
 
-Exit codes: 0 done · 1 the answer is no · 2 refused or a mistake in the call · 3 rolled back · 4 halted or paused ·
+Exit codes: 0 done · 1 the answer is no · 2 refused or a mistake in the call · 3 rolled back · 4 halted or paused · 5 rollback
+incomplete · 6 canceled ·
 130 interrupted. Areas are imported when used, so that `loopback --help` costs nothing that it does not show.
 """
 
