@@ -17,10 +17,11 @@ import msgspec
 
 from loopback.bpf import layout
 from loopback.contracts.codes import Code, Refused
-from loopback.modules.firewall.model import Action, Direction, FirewallPolicy, Prefix, Rule
+from loopback.modules.firewall.model import Action, Direction, FirewallPolicy, PortRange, Prefix, Rule
 
 DEFAULT_SAMPLE: Final = 1000  # one in so many packets that the default dropped is reported
 MAX_PREFIXES: Final = 1_000_000  # of one slot, and of one family
+SPELT_OUT: Final = 64  # prefixes of a group that may become one entry each when set numbers run out
 _V4_MAPPED: Final = 0xFFFF << 32
 _FULL: Final = (1 << 128) - 1
 _NS: Final = 1_000_000_000
@@ -53,7 +54,11 @@ def assign(
     Names that no rule has any more keep theirs as long as there is room. Raises Refused(POLICY_INVALID) beyond `capacity`.
     """
     if len(names) > capacity:
-        raise Refused(Code.POLICY_INVALID, f"{len(names)} rules are more than the {capacity} counters")
+        raise Refused(
+            Code.POLICY_INVALID,
+            f"{len(names)} rules are more than the {capacity} counters",
+            "join rules that differ only in their addresses into one with a set",
+        )
     wanted = set(names)
     kept = dict(known)
     surplus = len(kept.keys() | wanted) - capacity
@@ -69,16 +74,13 @@ def compile_policy(
 ) -> Compiled:
     """Compile. `identities` has every rule's counter slot. Raises Refused(POLICY_INVALID) naming rule and field."""
     sets = _Sets(policy)
-    interfaces = tuple(dict.fromkeys(name for rule in policy.rules for name in rule.interfaces))
-    if len(interfaces) > layout.MAX_INTERFACES:
-        raise Refused(
-            Code.POLICY_INVALID,
-            f"{len(interfaces)} different names under iface are more than the {layout.MAX_INTERFACES} allowed",
-        )
+    interfaces = _interfaces(policy)
     entries: dict[Direction, list[layout.Rule]] = {Direction.INGRESS: [], Direction.EGRESS: []}
     for order, rule in enumerate(policy.rules):
         place = entries[rule.direction]
-        place.extend(_entries(rule, order, identities[rule.name], sets, interfaces))
+        # cut off: the lists of one rule can multiply to millions
+        made = _entries(rule, order, identities[rule.name], sets, interfaces)
+        place.extend(itertools.islice(made, layout.MAX_RULES + 1))
         if sum(map(len, entries.values())) > layout.MAX_RULES:
             raise Refused(
                 Code.POLICY_INVALID,
@@ -112,6 +114,20 @@ def compile_policy(
         names=tuple(rule.name for rule in policy.rules),
         entries=at,
     )
+
+
+def _interfaces(policy: FirewallPolicy) -> tuple[str, ...]:
+    """Every interface that rules name, in the order of the policy."""
+    found: dict[str, None] = {}
+    for rule in policy.rules:
+        found |= dict.fromkeys(rule.interfaces)
+        if len(found) > layout.MAX_INTERFACES:
+            raise Refused(
+                Code.POLICY_INVALID,
+                f"{_at(rule)}: iface: with this rule the policy names more than {layout.MAX_INTERFACES} interfaces",
+                "leave iface out where any interface will do, or name fewer",
+            )
+    return tuple(found)
 
 
 class _Sets:
@@ -152,19 +168,21 @@ class _Sets:
                     own[key] = own.get(key, 0) | bits
         if len(own) > MAX_PREFIXES:
             raise Refused(
-                Code.POLICY_INVALID, f"sets: {len(own)} prefixes are more than the {MAX_PREFIXES} allowed"
+                Code.POLICY_INVALID,
+                f"sets: {len(own)} prefixes of IPv{family} are more than the {MAX_PREFIXES} allowed",
+                "write wider prefixes",
             )
         width = 32 if family == 4 else 128
         keys, values = bytearray(), bytearray()
-        covering: list[
-            tuple[int, int, int]
-        ] = []  # last address, unused, bits: prefixes around the present one
+        covering: list[tuple[int, int]] = []  # last address and bits of each prefix around the present one
         for (address, length), bits in sorted(own.items()):
             while covering and covering[-1][0] < address:
                 covering.pop()
             if covering:
-                bits |= covering[-1][2]
-            covering.append((address | ((1 << (width - length)) - 1), length, bits))
+                if not bits & ~covering[-1][1]:
+                    continue  # it says nothing that its cover does not
+                bits |= covering[-1][1]
+            covering.append((address | ((1 << (width - length)) - 1), bits))
             keys += length.to_bytes(4, "little") + address.to_bytes(width // 8, "big")
             values += bits.to_bytes(8 * layout.SET_WORDS, "little")
         return bytes(keys), bytes(values)
@@ -178,19 +196,19 @@ def _entries(
     destinations = _address_field(rule, "to", rule.destinations, rule.destination_sets, sets)
     interval, tolerance, limit_flag = _limit(rule)
     bits = sum(1 << interfaces.index(name) for name in set(rule.interfaces))
-    for source, destination, protocols, ports, source_ports, icmp in itertools.product(
-        sources,
-        destinations,
+    pairs = [pair for pair in itertools.product(sources, destinations) if _families(*pair)]
+    for (source, destination), protocols, ports, source_ports, icmp in itertools.product(
+        pairs,
         _chunks(rule.protocols, layout.RULE_PROTOCOLS),
-        _chunks(rule.ports, layout.RULE_PORTS),
-        _chunks(rule.source_ports, layout.RULE_SOURCE_PORTS),
+        _chunks(_coalesced(rule.ports), layout.RULE_PORTS),
+        _chunks(_coalesced(rule.source_ports), layout.RULE_SOURCE_PORTS),
         _chunks(rule.icmp, layout.RULE_ICMP),
     ):
         entry = layout.Rule(
             identity=identity,
             order=order,
             action=int(rule.action),
-            families=layout.IPV4 | layout.IPV6,
+            families=_families(source, destination),
             states=sum(layout.STATES[word] for word in rule.states),
             flags=limit_flag | (layout.INTERFACES if bits else 0),
             interfaces=bits,
@@ -212,18 +230,26 @@ def _entries(
             entry.icmp[place][0], entry.icmp[place][1] = kind, layout.ANY_CODE if code is None else code
         if isinstance(source, Prefix):
             entry.flags |= layout.SOURCE_PREFIX
-            entry.families &= _prefix(source, entry.source, entry.source_mask)
+            _prefix(source, entry.source, entry.source_mask)
         elif source:
             entry.flags |= layout.SOURCE_SET
             entry.source_set = source
         if isinstance(destination, Prefix):
             entry.flags |= layout.DESTINATION_PREFIX
-            entry.families &= _prefix(destination, entry.destination, entry.destination_mask)
+            _prefix(destination, entry.destination, entry.destination_mask)
         elif destination:
             entry.flags |= layout.DESTINATION_SET
             entry.destination_set = destination
-        if entry.families:
-            yield entry
+        yield entry
+
+
+def _families(*sides: Prefix | int) -> int:
+    """The families that all of them allow; a set leaves it to its own table."""
+    found = layout.IPV4 | layout.IPV6
+    for side in sides:
+        if isinstance(side, Prefix):
+            found &= layout.IPV4 if side.family == 4 else layout.IPV6
+    return found
 
 
 def _address_field(
@@ -239,25 +265,25 @@ def _address_field(
         return (number,)
     # Out of numbers: a short list can still be one entry per prefix.
     everything = sorted({*prefixes, *sets.prefixes(names)})
-    if len(everything) > layout.MAX_RULES:
+    if len(everything) > SPELT_OUT:
         raise Refused(
             Code.POLICY_INVALID,
-            f"{_at(rule)}: {field}: the policy has more than {layout.MAX_SETS} different groups of prefixes",
-            "let rules share sets",
+            f"{_at(rule)}: {field}: the policy has more than {layout.MAX_SETS} different groups of prefixes,"
+            f" and this one, of {len(everything)}, is too long to do without a number of its own",
+            "let rules share sets: groups of the same sets and prefixes count once",
         )
     return everything
 
 
-def _prefix(prefix: Prefix, address: ct.Array[ct.c_uint8], mask: ct.Array[ct.c_uint8]) -> int:
-    """Write a prefix into an entry; the family's bit."""
+def _prefix(prefix: Prefix, address: ct.Array[ct.c_uint8], mask: ct.Array[ct.c_uint8]) -> None:
+    """Write a prefix into an entry."""
     if prefix.family == 4:
-        whole, length, family = _V4_MAPPED | prefix.address, 96 + prefix.length, layout.IPV4
+        whole, length = _V4_MAPPED | prefix.address, 96 + prefix.length
     else:
-        whole, length, family = prefix.address, prefix.length, layout.IPV6
+        whole, length = prefix.address, prefix.length
     bits = _FULL ^ (_FULL >> length)
     address[:] = list((whole & bits).to_bytes(16, "big"))
     mask[:] = list(bits.to_bytes(16, "big"))
-    return family
 
 
 def _limit(rule: Rule) -> tuple[int, int, int]:
@@ -273,8 +299,20 @@ def _limit(rule: Rule) -> tuple[int, int, int]:
         raise Refused(
             Code.POLICY_INVALID,
             f"{_at(rule)}: limit: rate {limit.rate} and burst {limit.burst} take centuries",
+            "write a smaller burst",
         )
     return interval, tolerance, layout.LIMIT_SOURCE if limit.per == "source" else layout.LIMIT_RULE
+
+
+def _coalesced(ranges: Iterable[PortRange]) -> tuple[PortRange, ...]:
+    """The same ports in the fewest ranges."""
+    found: list[PortRange] = []
+    for part in sorted(ranges):
+        if found and part.low <= found[-1].high + 1:
+            found[-1] = PortRange(found[-1].low, max(found[-1].high, part.high))
+        else:
+            found.append(part)
+    return tuple(found)
 
 
 def _chunks(values: tuple[T, ...], size: int) -> list[tuple[T, ...]]:
