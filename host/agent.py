@@ -47,6 +47,9 @@ FLUSH_S: Final = 2.0  # for the last reports at the end
 
 log = logging.getLogger("loopback.host")
 
+#: While the metadata is in this state, nothing new is started; what is promoted stays, and so does the way back.
+_NO_CHANGES: Final = frozenset({Code.TUF_EXPIRED, Code.TUF_INVALID})
+#: Refusals that newer trust may lift.
 _STALE_TRUST: Final = frozenset(
     {Code.SIGNATURE_UNKNOWN_KEY, Code.COMMAND_UNAUTHORISED, Code.ENVELOPE_UNSIGNED}
 )
@@ -66,7 +69,8 @@ class Agent:
         self._arrived: asyncio.Queue[tuple[bytes, dict[str, str]]] = asyncio.Queue(WAITING)
         self._joined = asyncio.Event()
         self._change: Change | None = None
-        self._said: bytes = b""
+        self._said = self._counted = b""
+        self._events = 0
         self._said_at = 0.0
         self._refreshed_at = -FRESH_S
 
@@ -172,7 +176,8 @@ class Agent:
         self._arrived.put_nowait((data, headers))
 
     def _on_event(self, module: str, event: abi.Event) -> None:
-        log.info("%s: %s %s", module, event.kind, event.attributes)
+        self._events += 1
+        log.debug("%s: %s %s", module, event.kind, event.attributes)
 
     async def _look(self) -> None:
         """Read the own desired state after joining, and from time to time: a message may have been missed."""
@@ -264,10 +269,8 @@ class Agent:
         entry = checked.entry
         own = self.store.module(entry.module)
         refusal = checked.refusal
-        problem = self.trust.problem
-        stale_trust = problem is not None and problem.code in (Code.TUF_EXPIRED, Code.TUF_INVALID)
-        if checked.answer is Answer.CHANGE and stale_trust and not entry.returning:
-            refusal = problem
+        if checked.answer is Answer.CHANGE and not entry.returning:
+            refusal = self._expired()
         if refusal is not None:
             if refusal.code is Code.HOST_GENERATION:
                 log.warning("%s: %s: %s", entry.module, refusal.code, refusal.reason)
@@ -325,26 +328,31 @@ class Agent:
         self._say(figures=False)
 
     def _say(self, *, figures: bool) -> None:
+        """Send a status where it says something new; where only counters moved, not too often."""
         modules = status.modules(self.states, self.supervisors)
         agent = status.agent(modules)
+        refusal = self.refusal or self._expired()
         plain = tuple(msgspec.structs.replace(m, metrics={}) for m in modules)
-        said = msgspec.json.encode(
-            (agent, self.state.generation, modules if figures else plain, self.refusal)
-        )
+        said = msgspec.json.encode((agent, self.state.generation, plain, refusal))
+        counted = msgspec.json.encode([m.metrics for m in modules])
         now = asyncio.get_running_loop().time()
-        if said == self._said or (figures and now - self._said_at < FIGURES_S):
+        news = said != self._said
+        if not news and not (figures and counted != self._counted and now - self._said_at >= FIGURES_S):
             return
-        if figures and not any(m.metrics for m in modules):
-            return
-        self._said, self._said_at = said, now
+        self._said, self._counted, self._said_at = said, counted, now
         report = Status(
             **self.reporter.fields(),  # type: ignore[arg-type]  # the fields that every report has
             agent=agent,
             generation=self.state.generation,
             modules=modules,
-            refusal=self.refusal,
+            refusal=refusal,
         )
         self.reporter.send(report, otel.traceparent())
+
+    def _expired(self) -> Refusal | None:
+        """Why nothing new is believed, where that is so."""
+        problem = self.trust.problem
+        return problem if problem is not None and problem.code in _NO_CHANGES else None
 
     def _inventory(self) -> Inventory:
         return Inventory(
@@ -386,6 +394,7 @@ class Agent:
             by_module = {name: s.metrics for name, s in self.supervisors.items() if s.metrics}
             own = {
                 "loopback_host_generation": float(self.state.generation),
+                "loopback_host_module_events_total": float(self._events),
                 "loopback_host_reports_dropped_total": float(self.reporter.dropped),
             }
             payload = otel.figures(self.config.host, self.config.workspace, by_module, own)

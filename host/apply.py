@@ -66,6 +66,7 @@ class Change:
         self.trust = trust
         self.own: ModuleStore = store.module(entry.module)
         self.state: ModuleState = self.own.read()
+        self._undo = Undo.NOTHING  # of the last step that was written down
         self._watchdog: asyncio.subprocess.Process | None = None
 
     async def run(self) -> ModuleState:
@@ -92,7 +93,6 @@ class Change:
         return self.state
 
     async def _apply(self) -> None:
-        undo: list[Step] = []
         try:
             if self.state.trial is not None:
                 self._write(transitions.undo)  # the disk refused earlier, and takes it now
@@ -101,18 +101,15 @@ class Change:
             self._write(lambda state: transitions.accept(state, self.entry))
             self.means.changed()
             for step in self._plan():
-                if step.undo is not Undo.NOTHING:
-                    undo.append(step)
                 await self._take(step)
-                if step.name in (StepName.PROMOTE, StepName.REMOVE):
-                    undo.clear()
         except Refused as refused:
             log.warning("%s: %s", self.entry.module, refused)
             refusal = refused.refusal
-            if undo:
+            if self._undo is Undo.RESTORE:
                 await self._roll_back(refusal)
             else:
                 self._conclude(lambda state: transitions.reject(state, refusal, self.entry))
+            await self._collect()
 
     def _plan(self) -> tuple[Step, ...]:
         target = self.entry.running
@@ -135,6 +132,7 @@ class Change:
             elif name not in (StepName.PROMOTE, StepName.COLLECT):
                 phase = _PHASES.get(name, Phase.TRIAL)
                 self._write(lambda state: self._on_trial(transitions.step(state, name, phase), phase))
+            self._undo = step.undo
             self.means.changed()
             match name:
                 case StepName.DOWNLOAD:
@@ -159,6 +157,7 @@ class Change:
                     await self._process.request(abi.Confirm(digest=self._policy))
                 case StepName.PROMOTE:
                     self._write(lambda state: transitions.promote(self._on_trial(state, Phase.TRIAL)))
+                    self._undo = Undo.NOTHING
                     self.supervisor.problem = None
                 case StepName.COLLECT:
                     await self._collect()

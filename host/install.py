@@ -23,6 +23,7 @@ import loopback
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.desired import Running
 from loopback.contracts.messages import Policy
+from loopback.contracts.reports import Phase
 from loopback.contracts.trustdoc import Trust
 from loopback.host import decide
 from loopback.host.config import HostConfig
@@ -222,12 +223,14 @@ def collect(store: Store, module: str) -> None:
         if name not in kept:
             own.disk.remove(own.folder / "versions" / name)
     policies = set()
-    packages = set()
+    packages: set[str] = set()
     for other in store.modules():
         known = store.module(other).read()
         policies |= {r.policy for r in (known.promoted, known.previous, known.target) if r is not None}
-        if known.step:
-            packages |= {known.target.package} if known.target else set()
+        if known.target is not None and (known.step or known.phase is Phase.REJECTED):
+            packages.add(
+                known.target.package
+            )  # what arrived of it is gone on with when it is asked for again
     for name in store.disk.names(store.policies):
         if name.removesuffix(".json") not in policies:
             store.disk.remove(store.policies / name)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final, Literal, Protocol
 
 from loopback.contracts.abi import HealthReport
-from loopback.contracts.codes import Refusal
+from loopback.contracts.codes import Code, Refusal
 from loopback.contracts.reports import ModuleStatus, Phase
 from loopback.host.state import ModuleState
 from loopback.host.trial import unwell
@@ -59,7 +59,8 @@ def module(state: ModuleState, seen: Seen | None) -> ModuleStatus:
 def agent(found: tuple[ModuleStatus, ...]) -> Literal["ok", "degraded"]:
     """Degraded while a module is not well, or failed here and nothing runs in its place."""
     for one in found:
-        nothing_instead = one.promoted is None and one.phase in _FAILURES
+        hopeless = one.refusal is not None and one.refusal.code is Code.KERNEL_UNSUPPORTED
+        nothing_instead = one.promoted is None and (one.phase in _FAILURES or hopeless)
         if one.health in ("degraded", "failed") or nothing_instead or one.phase is Phase.ROLLBACK_FAILED:
             return "degraded"
     return "ok"

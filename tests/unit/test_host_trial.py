@@ -106,6 +106,11 @@ class Process:
         (ModuleState(module="m", phase=Phase.ROLLED_BACK, refusal=DIED), None, "degraded"),
         (ModuleState(module="m", phase=Phase.REMOVED), None, "ok"),
         (ModuleState(module="m", phase=Phase.REJECTED, refusal=DIED), None, "ok"),
+        (
+            ModuleState(module="m", phase=Phase.REJECTED, refusal=Refusal(Code.KERNEL_UNSUPPORTED, "no bpf")),
+            None,
+            "degraded",
+        ),
         (ModuleState(module="m", phase=Phase.ROLLBACK_FAILED, promoted=TARGET), Process(WELL), "degraded"),
     ],
 )
