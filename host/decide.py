@@ -361,7 +361,7 @@ class StepName(StrEnum):
 
 
 class Undo(StrEnum):
-    """What takes a step back; undone in reverse order."""
+    """What takes a step back, with everything that was done since the trial began."""
 
     NOTHING = "nothing"  # it left nothing that matters: a later collect sweeps it
     RESTORE = "restore"  # run again what is promoted, and have it enforce its policy
