@@ -197,7 +197,7 @@ class Datapath:
         active = self.word()[0]
         index = (active & 1) ^ 1
         epochs = [head.epoch for i in range(layout.SLOTS) if (head := self._head(i))]
-        epoch = max([*epochs, active, self._store.last_epoch]) + 1
+        epoch: int = max([*epochs, active, self._store.last_epoch]) + 1
         while epoch & 1 != index or not epoch & 0xFFFF:
             epoch += 1
         slot = Map.create(loader.MAP_ARRAY, "slot", 4, ct.sizeof(layout.Slot), 1)
