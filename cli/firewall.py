@@ -17,10 +17,11 @@ import typer
 
 from loopback.cli.firewall_judge import Kind, Verdict, open_judge
 from loopback.contracts.codes import Code, Refused
+from loopback.modules.firewall import compile as compiler
 from loopback.modules.firewall import policy, policy_tables, schema
 from loopback.modules.firewall.model import Action, Packet
 from loopback.modules.firewall.policy_fields import PROTOCOL_NAMES, WITH_PORTS, Wrong
-from loopback.modules.firewall.policy_text import PolicyRefused, render
+from loopback.modules.firewall.policy_text import PolicyRefused, Problem, render
 
 EXIT_TEST_FAILED = 1
 EXIT_REFUSED = 2
@@ -38,6 +39,12 @@ JudgeOption = Annotated[
         "--judge", help="Who judges: the kernel's program, the plain evaluator, or the first that can."
     ),
 ]
+ObjectOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--object", help="A compiled firewall.bpf.o to judge with, instead of compiling it here with clang."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
@@ -46,20 +53,32 @@ def check(
     file: Annotated[Path, typer.Argument(help="The policy, YAML or JSON.")],
     as_json: JsonOption = False,
     judge: JudgeOption = Kind.AUTO,
+    object_path: ObjectOption = None,
 ) -> None:
     """Read a policy, tell everything that is wrong with it, and run its own tests."""
     try:
-        loaded = policy.load(file)
+        found = policy.load(file).policy
+        # whether the program has room for it is as pure a question, and answered on any machine
+        compiler.compile_policy(found, compiler.assign({}, [rule.name for rule in found.rules]))
     except PolicyRefused as error:
         if as_json:
-            problems = [
-                {"file": p.source, "line": p.line, "column": p.column, "field": p.field, "message": p.message, "hint": p.hint}
-                for p in error.problems
-            ]  # fmt: skip
-            _print({"ok": False, "code": error.code, "problems": problems, "failed": []})
+            _print(
+                {
+                    "ok": False,
+                    "code": error.code,
+                    "problems": [_problem(p) for p in error.problems],
+                    "failed": [],
+                }
+            )
         _refuse(error)
-    found = loaded.policy
-    with open_judge(found, judge) as judging:
+    except Refused as error:
+        if as_json:
+            only = Problem(
+                source=str(file), line=0, column=0, field="", message=error.reason, hint=error.next_step
+            )
+            _print({"ok": False, "code": error.code, "problems": [_problem(only)], "failed": []})
+        raise
+    with open_judge(found, judge, object_path) as judging:
         verdicts = judging.judge([test.packet for test in found.tests])
     failed = []
     for index, (test, verdict) in enumerate(zip(found.tests, verdicts, strict=True)):
@@ -86,7 +105,7 @@ def check(
                 err=True,
             )
         counted = f"{_count(len(found.rules), 'rule')}, {_count(len(found.sets), 'set')}"
-        passed = f"{len(found.tests) - len(failed)} of {_count(len(found.tests), 'test')} hold"
+        passed = f"tests: {len(found.tests) - len(failed)} of {len(found.tests)} hold"
         typer.echo(f"{file}: {counted}; {passed}, judged by {judging.name}{judging.why}")
     if failed:
         raise typer.Exit(EXIT_TEST_FAILED)
@@ -101,6 +120,7 @@ def explain(
     ] = None,
     as_json: JsonOption = False,
     judge: JudgeOption = Kind.AUTO,
+    object_path: ObjectOption = None,
 ) -> None:
     """Say what a policy does to packets, and which rule decides: null where it is the default.
 
@@ -116,7 +136,7 @@ def explain(
         asked = [_packet(packet, "--packet")] if packet is not None else _lines(packets or Path("-"))
     except PolicyRefused as error:
         _refuse(error)
-    with open_judge(found, judge) as judging:
+    with open_judge(found, judge, object_path) as judging:
         verdicts = judging.judge(asked)
     if as_json:
         sys.stdout.write("".join(_verdict_line(verdict) for verdict in verdicts))
@@ -193,6 +213,13 @@ def _by(rule: Any) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _problem(problem: Problem) -> dict[str, Any]:
+    return {
+        "file": problem.source, "line": problem.line, "column": problem.column, "field": problem.field,
+        "message": problem.message, "hint": problem.hint,
+    }  # fmt: skip
 
 
 def _print(value: Any) -> None:

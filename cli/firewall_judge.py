@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
 
+import msgspec
+
+from loopback import bpf
+from loopback.bpf.build import compile_object
+from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import oracle
+from loopback.modules.firewall.datapath import Datapath
 from loopback.modules.firewall.model import Action, FirewallPolicy, Packet
+
+FLOWS: Final = 64  # a dry run remembers no flow; the table must only exist
 
 
 class Kind(StrEnum):
@@ -53,7 +63,64 @@ class OracleJudge:
         return [Verdict(action, rule, 0) for action, rule in judged]
 
 
+class KernelJudge:
+    """The program itself, loaded beside whatever is enforced: it is attached to nothing and pinned nowhere."""
+
+    name = "the kernel's program"
+    why = ""
+
+    def __init__(self, policy: FirewallPolicy, data: bytes) -> None:
+        """`data` is the object file. Raises Refused: KERNEL_* where this machine does not let it run."""
+        self._datapath = Datapath(data, flows=FLOWS)
+        try:
+            # its tests are the caller's to report, not a reason to refuse the question
+            self._datapath.stage(msgspec.structs.replace(policy, tests=()))
+        except BaseException:
+            self._datapath.close()
+            raise
+
+    def judge(self, packets: Sequence[Packet]) -> list[Verdict]:
+        """See `Judge`."""
+        found = self._datapath.explain(packets)
+        return [Verdict(verdict.action, verdict.rule, verdict.generation) for verdict in found]
+
+    def close(self) -> None:
+        """Unload it."""
+        self._datapath.close()
+
+
+def object_file() -> bytes:
+    """The firewall's programs, compiled from their sources. Raises Refused(PACKAGE_MALFORMED) without a compiler."""
+    source = Path(bpf.__file__).parent / "programs" / "firewall.bpf.c"
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "firewall.bpf.o"
+        compile_object(source, built)
+        return built.read_bytes()
+
+
 @contextmanager
-def open_judge(policy: FirewallPolicy, kind: Kind = Kind.AUTO) -> Iterator[Judge]:
-    """A judge for this policy."""
-    yield OracleJudge(policy)
+def open_judge(
+    policy: FirewallPolicy, kind: Kind = Kind.AUTO, object_path: Path | None = None
+) -> Iterator[Judge]:
+    """A judge for this policy; `object_path` is a compiled object to use instead of compiling one.
+
+    With AUTO the kernel's program where it runs, else the evaluator, which then knows why. Raises Refused: KERNEL_* and
+    PACKAGE_MALFORMED with KERNEL, POLICY_INVALID for a policy that the program has no room for.
+    """
+    if kind is Kind.ORACLE:
+        yield OracleJudge(policy)
+        return
+    judge: Judge
+    kernel: KernelJudge | None = None
+    try:
+        judge = kernel = KernelJudge(policy, object_path.read_bytes() if object_path else object_file())
+    except Refused as error:
+        unable = error.code in (Code.KERNEL_REFUSED, Code.KERNEL_UNSUPPORTED, Code.PACKAGE_MALFORMED)
+        if kind is Kind.KERNEL or object_path or not unable:
+            raise
+        judge = OracleJudge(policy, f" ({error.reason.splitlines()[0]})")
+    try:
+        yield judge
+    finally:
+        if kernel is not None:
+            kernel.close()

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from strategies_firewall import anywhere, on_corners, plain_policies
 from support_nft import NftJudge
 
+from loopback.cli.firewall_judge import Kind, object_file, open_judge
 from loopback.modules.firewall import oracle, policy
-from loopback.modules.firewall.model import Action, FirewallPolicy, Packet
+from loopback.modules.firewall.datapath import Datapath
+from loopback.modules.firewall.model import Action, Direction, FirewallPolicy, Packet
 
 pytestmark = pytest.mark.kernel
 
@@ -31,6 +33,14 @@ def nft() -> Iterator[NftJudge]:
     judge = NftJudge()
     yield judge
     judge.close()
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Datapath]:
+    """A private firewall: its programs are loaded, and attached to nothing."""
+    datapath = Datapath(object_file(), flows=64)
+    yield datapath
+    datapath.close()
 
 
 def probes(found: FirewallPolicy, seed: int, *, stateful: bool) -> list[Packet]:
@@ -69,3 +79,36 @@ def test_nftables_agrees_with_the_oracle_on_verdict_and_rule(nft: NftJudge) -> N
 
     compare()
     assert compared >= AT_LEAST
+
+
+def test_the_real_program_agrees_with_the_oracle_on_verdict_and_rule(program: Datapath) -> None:
+    compared = 0
+
+    @given(plain_policies(), st.integers(0, 2**32))
+    @settings(
+        max_examples=POLICIES, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    def compare(plain: dict[str, Any], seed: int) -> None:
+        nonlocal compared
+        found = policy.parse(policy.to_json(plain))
+        packets = probes(found, seed, stateful=True)
+        index = {rule.name: number for number, rule in enumerate(found.rules)}
+        program.stage(found)
+        verdicts = program.explain(packets)
+        said = [(v.action, None if v.rule is None else index[v.rule]) for v in verdicts]
+        assert differences(packets, said, expected(found, packets)) == []
+        compared += len(packets)
+
+    compare()
+    assert compared >= AT_LEAST
+
+
+def test_check_and_explain_ask_the_real_program_where_they_can() -> None:
+    found = policy.parse(policy.to_json({"version": 1, "default": {"ingress": "drop", "egress": "accept"}}))
+    with open_judge(found, Kind.AUTO) as judge:
+        assert (judge.name, judge.why) == ("the kernel's program", "")
+        (verdict,) = judge.judge(
+            [Packet(direction=Direction.EGRESS, src="10.0.0.1", dst="10.0.0.2", protocol=6)]
+        )
+    assert verdict == (Action.ACCEPT, None, verdict.generation)
+    assert verdict.generation > 0

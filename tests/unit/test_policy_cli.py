@@ -38,7 +38,7 @@ def good(tmp_path: Path) -> Path:
 def test_a_good_policy_is_counted_and_says_who_judged(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "check", good, "--judge", "oracle")
     assert (code, err) == (0, "")
-    assert out == f"{good}: 1 rule, 1 set; 2 of 2 tests hold, judged by the plain evaluator\n"
+    assert out == f"{good}: 1 rule, 1 set; tests: 2 of 2 hold, judged by the plain evaluator\n"
 
 
 def test_a_mistake_is_shown_like_a_compiler_does(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,10 +72,22 @@ def test_a_test_that_does_not_hold_names_its_line_and_the_rule(
     assert err == (
         f"{good}:7: tests[0]: expected drop, but it is accept by rule ssh: ingress tcp 203.0.113.9:0 → 10.1.0.5:22\n"
     )
-    assert "1 of 2 tests hold" in out
+    assert "tests: 1 of 2 hold" in out
     code, out, _ = run(capsys, "check", good, "--judge", "oracle", "--json")
     assert code == 1
     assert json.loads(out)["failed"][0]["rule"] == "ssh"
+
+
+def test_a_policy_that_the_program_has_no_room_for_is_refused_on_any_machine(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports = ", ".join(str(port) for port in range(1, 1000, 2))
+    many = [f"  - {{name: r{i}, proto: [tcp, udp], ports: [{ports}], action: accept}}" for i in range(100)]
+    good.write_text("version: 1\ndefault: {ingress: drop, egress: drop}\nrules:\n" + "\n".join(many))
+    code, out, err = run(capsys, "check", good, "--json", "--judge", "oracle")
+    assert code == 2
+    assert json.loads(out)["code"] == "policy.invalid"
+    assert "line 36: rule 'r32'" in err
 
 
 def test_a_missing_file_is_told_without_a_traceback(
