@@ -81,7 +81,7 @@ def refused(number: int, what: str) -> Refused:
     words = "".join(_lines).strip()
     _lines.clear()
     said = f"{what}: {os.strerror(number)}" + (f"\n{words[-MAX_LOG:]}" if words else "")
-    if number in (errno.EPERM, errno.EACCES) and "BEGIN PROG LOAD LOG" not in words:
+    if number in (errno.EPERM, errno.EACCES) and "END PROG LOAD LOG" not in words:
         return Refused(
             Code.KERNEL_UNSUPPORTED, f"kernel: {said}", "it needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
         )
@@ -326,6 +326,10 @@ class Loaded:
             program.close()
 
 
+class _OpenOptions(ct.Structure):
+    _fields_ = (("sz", ct.c_size_t), ("object_name", ct.c_char_p))
+
+
 def load(
     data: bytes, *, reuse: Mapping[str, Map] | None = None, resize: Mapping[str, int] | None = None
 ) -> Loaded:
@@ -335,7 +339,9 @@ def load(
     """
     lib = _library()
     _lines.clear()
-    handle = lib.bpf_object__open_mem(data, ct.c_size_t(len(data)), None)
+    # without a name of ours libbpf makes one from the address in memory, and names the map of constants after it
+    options = _OpenOptions(sz=ct.sizeof(_OpenOptions), object_name=b"loopback")
+    handle = lib.bpf_object__open_mem(data, ct.c_size_t(len(data)), ct.byref(options))
     if not handle:
         words = "".join(_lines).strip()
         _lines.clear()
@@ -434,13 +440,24 @@ def ensure_bpffs(path: Path) -> bool:
 
     A module has no right to mount: whoever starts the agent does it (systemd, the demo, a test).
     """
-    if is_bpffs(path):
+    there = is_bpffs(path)
+    try:
         path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_bpffs(path, str(error.strerror)) from None
+    if there:
         return False
-    path.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         ["mount", "-t", "bpf", "bpf", str(path)], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise Refused(Code.KERNEL_UNSUPPORTED, f"kernel: no bpf file system at {path}: {done.stderr.strip()}")
+        raise _no_bpffs(path, done.stderr.strip())
     return True
+
+
+def _no_bpffs(path: Path, why: str) -> Refused:
+    return Refused(
+        Code.KERNEL_UNSUPPORTED,
+        f"kernel: no bpf file system at {path}: {why}",
+        "mount one as root: mount -t bpf bpf /sys/fs/bpf",
+    )

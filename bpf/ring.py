@@ -21,9 +21,14 @@ class Ring:
         lib.ring_buffer__new.argtypes = [ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_void_p]
 
         def receive(_context: Any, data: int, size: int) -> int:
-            on(ct.string_at(data, size))
+            try:
+                on(ct.string_at(data, size))
+            except BaseException as error:  # ctypes would print and forget it; `consume` raises it
+                self._failure = error
+                return -errno.ECANCELED
             return 0
 
+        self._failure: BaseException | None = None
         # libbpf calls it as long as this lives
         self._receive = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)(receive)
         handle = lib.ring_buffer__new(ring.fd, ct.cast(self._receive, ct.c_void_p), None, None)
@@ -36,8 +41,14 @@ class Ring:
         return int(loader._library().ring_buffer__epoll_fd(self._handle))
 
     def consume(self) -> int:
-        """Hand over what is there now. Returns how many records. Raises Refused."""
+        """Hand over what is there now. Returns how many records. Raises Refused, and what the reader raised.
+
+        A record that the reader failed on is used up; those after it stay for the next call.
+        """
         result = int(loader._library().ring_buffer__consume(self._handle))
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         if result < 0:
             raise refused(result, "reading the ring buffer")
         return result
