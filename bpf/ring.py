@@ -20,6 +20,8 @@ class Ring:
         lib.ring_buffer__new.restype = ct.c_void_p
         lib.ring_buffer__new.argtypes = [ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_void_p]
 
+        self._failure: BaseException | None = None
+
         def receive(_context: Any, data: int, size: int) -> int:
             try:
                 on(ct.string_at(data, size))
@@ -28,7 +30,6 @@ class Ring:
                 return -errno.ECANCELED
             return 0
 
-        self._failure: BaseException | None = None
         # libbpf calls it as long as this lives
         self._receive = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)(receive)
         handle = lib.ring_buffer__new(ring.fd, ct.cast(self._receive, ct.c_void_p), None, None)

@@ -1,127 +1,25 @@
-"""The loader against a real kernel: objects, maps, links, filters, rings; and what it says where the kernel refuses.
-
-Each test has a network namespace of its own, left again at its end; pins lie in a bpf file system of the test's own.
-"""
+"""The loader against a real kernel: objects, maps, programs, rings; and what it says where the kernel refuses."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import select
-import socket
 import struct
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support_bpf import FRAME, ONLY_THREE, WITHOUT_BPF, counts, in_process, key, value
 
-from loopback.bpf import hooks, loader
+from loopback.bpf import loader
 from loopback.bpf.build import compile_object
-from loopback.bpf.flood import Flood
-from loopback.bpf.hooks import TC_EGRESS, TC_INGRESS, SlotTaken, XdpLink
+from loopback.bpf.hooks import XdpLink
 from loopback.bpf.loader import Loaded, Map, Program
 from loopback.bpf.ring import Ring
 from loopback.contracts.codes import Code, Refused
 
 pytestmark = pytest.mark.kernel
-
-CLONE_NEWNET = 0x40000000
-TINY = Path(__file__).with_name("tiny.bpf.c")
-WITHOUT_BPF = Path(__file__).parents[1] / "e2e" / "without_bpf.py"
-#: UDP from 192.0.2.1 to 192.0.2.2 without a checksum, in 64 bytes; its ports are at 34 and 36.
-FRAME = (
-    b"\xff" * 6 + b"\2" * 6 + b"\x08\0"
-    + bytes.fromhex("4500003200004000401100 00c0000201c0000202".replace(" ", ""))
-    + struct.pack("!HHHH", 4096, 8192, 30, 0)
-    + bytes(22)
-)  # fmt: skip
-ONLY_THREE = [
-    "setpriv", "--no-new-privs", "--bounding-set=-all,+bpf,+net_admin,+perfmon",
-    "--inh-caps=-all,+bpf,+net_admin,+perfmon", "--",
-]  # fmt: skip
-
-
-def key(number: int) -> bytes:
-    return struct.pack("=I", number)
-
-
-def value(number: int) -> bytes:
-    return struct.pack("=Q", number)
-
-
-def counts(there: Loaded) -> list[int]:
-    cpus = loader.possible_cpus()
-    found = []
-    for index in range(4):
-        each = there.maps["seen"].lookup(key(index), 8 * cpus)
-        assert each is not None
-        found.append(sum(struct.unpack(f"={cpus}Q", each)))
-    return found
-
-
-@pytest.fixture(scope="module")
-def tiny_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tiny") / "tiny.bpf.o"
-    compile_object(TINY, out)
-    return out
-
-
-@pytest.fixture
-def tiny(tiny_object: Path) -> Iterator[Loaded]:
-    there = loader.load(tiny_object.read_bytes())
-    yield there
-    there.close()
-
-
-@pytest.fixture
-def veth() -> Iterator[tuple[int, int]]:
-    """A namespace with a veth pair; the numbers of its two ends, `va` and `vb`."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/thread-self/ns/net") as home:
-        assert libc.unshare(CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-        try:
-            for words in ("link add va type veth peer name vb", "link set va up", "link set vb up"):
-                subprocess.run(["ip", *words.split()], check=True)
-            # nobody may talk but the test: neighbour discovery would be counted
-            for name in ("va", "vb"):
-                Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
-            yield socket.if_nametoindex("va"), socket.if_nametoindex("vb")
-        finally:
-            assert libc.setns(home.fileno(), CLONE_NEWNET) == 0
-
-
-@pytest.fixture
-def pins(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "bpf"
-    assert not loader.is_bpffs(place)
-    assert loader.ensure_bpffs(place)
-    assert loader.is_bpffs(place)
-    assert not loader.ensure_bpffs(place)
-    yield place
-    subprocess.run(["umount", place], check=True)
-    assert not loader.is_bpffs(place)
-
-
-def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline, "not within 20 s"
-
-
-def in_process(script: str, *words: object, wrapper: list[str] | None = None) -> str:
-    """Run Python code in a process of its own, in this namespace; what it printed."""
-    done = subprocess.run(
-        [*(wrapper or []), sys.executable, "-W", "error", "-c", script, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 # ── maps ──
@@ -252,6 +150,21 @@ def test_records_of_a_ring_arrive_in_order_and_wake_a_poll(tiny: Loaded) -> None
         ring.close()
 
 
+def test_an_error_of_a_rings_reader_reaches_who_consumes(tiny: Loaded) -> None:
+    def fail(record: bytes) -> None:
+        raise LookupError(len(record))
+
+    ring = Ring(tiny.maps["events"], fail)
+    try:
+        tiny.programs["stamp"].run(FRAME, repeat=2)
+        for _ in range(2):  # the record that failed is used up, the next one is not lost
+            with pytest.raises(LookupError):
+                ring.consume()
+        assert ring.consume() == 0
+    finally:
+        ring.close()
+
+
 # ── refusals ──
 
 
@@ -348,267 +261,10 @@ print(loader.why_unsupported())
     assert "libbpf cannot be reached" in in_process(script)
 
 
-# ── XDP ──
-
-
-def test_a_link_is_native_where_the_driver_can_and_generic_elsewhere(
-    tiny: Loaded, veth: tuple[int, int]
-) -> None:
-    native = XdpLink.create(veth[1], tiny.programs["xdp_first"])
-    generic = XdpLink.create(socket.if_nametoindex("lo"), tiny.programs["xdp_first"])
-    try:
-        assert (native.mode, generic.mode) == ("native", "generic")
-        assert (native.ifindex, native.program_id) == (veth[1], tiny.programs["xdp_first"].id)
-    finally:
-        native.close()
-        generic.close()
-
-
-def test_a_taken_interface_says_so(tiny: Loaded, veth: tuple[int, int]) -> None:
-    first = XdpLink.create(veth[1], tiny.programs["xdp_first"])
-    try:
-        with pytest.raises(SlotTaken):
-            XdpLink.create(veth[1], tiny.programs["xdp_second"])
-    finally:
-        first.close()
-    XdpLink.create(veth[1], tiny.programs["xdp_second"]).close()
-
-
-def test_the_link_of_a_device_that_went_says_zero(tiny: Loaded, veth: tuple[int, int]) -> None:
-    link = XdpLink.create(veth[1], tiny.programs["xdp_first"])
-    try:
-        subprocess.run(["ip", "link", "del", "va"], check=True)
-        assert link.ifindex == 0
-    finally:
-        link.close()
-
-
-def alternate(there: Loaded, names: tuple[str, str], replace: Callable[[Program], None]) -> None:
-    """Replace one program by the other, 40 times, each time until the new one has met a packet."""
-    place = {"xdp_first": 0, "xdp_second": 1, "tc_first": 2, "tc_second": 3}
-    for turn in range(40):
-        name = names[(turn + 1) % 2]
-        before = counts(there)[place[name]]
-        replace(there.programs[name])
-        wait_for(lambda at=place[name], was=before: counts(there)[at] > was)
-
-
-def test_no_packet_passes_between_two_programs_of_a_link(tiny: Loaded, veth: tuple[int, int]) -> None:
-    link = XdpLink.create(veth[1], tiny.programs["xdp_first"])
-    try:
-        hooks.tc_attach(veth[1], TC_INGRESS, tiny.programs["tc_first"])  # counts what gets past XDP
-        with Flood(veth[0], FRAME) as flood:
-            flood.start()
-            alternate(tiny, ("xdp_first", "xdp_second"), link.update)
-            assert link.program_id == tiny.programs["xdp_first"].id
-            flood.stop()
-        first, second, passed, _ = counts(tiny)
-        assert first > 0
-        assert second > 0
-        assert passed == 0
-        link.close()
-        with Flood(veth[1], FRAME, into=True) as flood:  # and it would have counted it
-            flood.send(100)
-        assert counts(tiny)[2] == 100
-    finally:
-        link.close()
-
-
-# ── TC ──
-
-
-def test_a_filter_is_found_again_and_goes_with_the_last_discipline(
-    tiny: Loaded, veth: tuple[int, int]
-) -> None:
-    assert hooks.tc_program(veth[1], TC_INGRESS) == 0
-    hooks.tc_attach(veth[1], TC_INGRESS, tiny.programs["tc_first"])
-    hooks.tc_attach(veth[1], TC_EGRESS, tiny.programs["tc_second"])
-    assert hooks.tc_program(veth[1], TC_INGRESS) == tiny.programs["tc_first"].id
-    assert hooks.tc_program(veth[1], TC_EGRESS) == tiny.programs["tc_second"].id
-    hooks.tc_detach(veth[1], TC_INGRESS)
-    assert hooks.tc_program(veth[1], TC_INGRESS) == 0
-    assert hooks.tc_program(veth[1], TC_EGRESS) == tiny.programs["tc_second"].id
-    hooks.tc_detach(veth[1], TC_EGRESS)
-    hooks.tc_detach(veth[1], TC_EGRESS)
-    shown = subprocess.run(["tc", "qdisc", "show", "dev", "vb"], capture_output=True, text=True, check=True)
-    assert "clsact" not in shown.stdout
-
-
-def test_a_neighbours_filter_and_its_discipline_stay(tiny: Loaded, veth: tuple[int, int]) -> None:
-    # classic BPF is the one kind of filter that every kernel here has
-    for words in (
-        ["qdisc", "add", "dev", "vb", "clsact"],
-        [
-            "filter",
-            "add",
-            "dev",
-            "vb",
-            "ingress",
-            "prio",
-            "50",
-            "bpf",
-            "bytecode",
-            "1,6 0 0 4294967295",
-            "flowid",
-            "1:1",
-        ],
-    ):
-        subprocess.run(["tc", *words], check=True)
-    hooks.tc_attach(veth[1], TC_INGRESS, tiny.programs["tc_first"])
-    hooks.tc_detach(veth[1], TC_INGRESS)
-    shown = subprocess.run(
-        ["tc", "filter", "show", "dev", "vb", "ingress"], capture_output=True, text=True, check=True
-    )
-    assert "pref 50 bpf" in shown.stdout
-    assert "direct-action" not in shown.stdout  # ours is
-
-
-def test_no_packet_passes_between_two_programs_of_a_filter(tiny: Loaded, veth: tuple[int, int]) -> None:
-    def replace(program: Program) -> None:
-        hooks.tc_attach(veth[1], TC_INGRESS, program)
-        assert hooks.tc_program(veth[1], TC_INGRESS) == program.id
-
-    replace(tiny.programs["tc_first"])
-    with Flood(veth[1], FRAME, into=True) as flood:
-        flood.start()
-        alternate(tiny, ("tc_first", "tc_second"), replace)
-        sent = flood.stop()
-    *_, first, second = counts(tiny)
-    assert first > 0
-    assert second > 0
-    assert first + second == sent
-
-
-def test_a_device_that_is_not_there_is_refused(tiny: Loaded, veth: tuple[int, int]) -> None:
-    with pytest.raises(Refused):
-        XdpLink.create(9999, tiny.programs["xdp_first"])
-    with pytest.raises(Refused):
-        hooks.tc_attach(9999, TC_INGRESS, tiny.programs["tc_first"])
-    assert hooks.tc_program(9999, TC_INGRESS) == 0
-    hooks.tc_detach(9999, TC_INGRESS)
-
-
-# ── the flood ──
-
-
-def test_a_flood_sends_exactly_what_was_asked_and_varies_what_was_masked(
-    tiny: Loaded, veth: tuple[int, int]
-) -> None:
-    link = XdpLink.create(veth[1], tiny.programs["xdp_first"])
-    try:
-        with Flood(veth[0], FRAME) as flood:
-            flood.send(1000)
-            assert flood.sent == 1000
-            wait_for(lambda: counts(tiny)[0] == 1000)
-    finally:
-        link.close()
-    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as tap:
-        tap.bind(("vb", 0))
-        tap.settimeout(5)
-        with Flood(veth[1], FRAME, into=True, vary=(34, 0x0FFF0000)) as flood:
-            flood.send(50)
-        frames = [tap.recv(2048) for _ in range(50)]
-    ports = {struct.unpack_from("!H", frame, 34)[0] for frame in frames}
-    assert len(ports) > 10
-    assert all(port & 0xF000 == 0x1000 for port in ports)
-    assert {frame[:34] + frame[36:] for frame in frames} == {FRAME[:34] + FRAME[36:]}
-
-
-@pytest.mark.parametrize(("frame", "vary"), [(b"", None), (bytes(5000), None), (FRAME, (61, 1))])
-def test_a_flood_of_what_is_no_frame_is_refused(frame: bytes, vary: tuple[int, int] | None) -> None:
-    with pytest.raises(Refused):
-        Flood(1, frame, vary=vary)
-
-
-# ── pins, other processes, few rights ──
-
-BEGIN = """
-import ctypes, socket, struct, sys
-from pathlib import Path
-from loopback.bpf import hooks, loader
-from loopback.bpf.ring import Ring
-pins, vb = Path(sys.argv[2]), socket.if_nametoindex("vb")
-rights = Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0]
-assert int(rights, 16) == 1 << 12 | 1 << 38 | 1 << 39, rights
-assert loader.why_unsupported() == ""
-tiny = loader.load(Path(sys.argv[1]).read_bytes())
-for name in ("table", "seen"):
-    tiny.maps[name].pin(pins / name)
-tiny.programs["xdp_second"].pin(pins / "program")
-tiny.maps["table"].update(struct.pack("=I", 9), struct.pack("=Q", 99))
-inner = loader.Map.create(loader.MAP_HASH, "inner", 4, 8, 4)
-tiny.maps["outer"].update_fd(0, inner)
-tiny.maps["word"].store_word(1)
-ring = Ring(tiny.maps["events"], lambda record: None)
-assert tiny.programs["stamp"].run(bytes(64))[0] == 3
-assert ring.consume() == 1
-ring.close()
-link = hooks.XdpLink.create(vb, tiny.programs["xdp_first"])
-link.pin(pins / f"vb-{link.mode}")
-hooks.tc_attach(vb, hooks.TC_INGRESS, tiny.programs["tc_first"])
-link.close(), inner.close(), tiny.close()
-"""
-ADOPT = """
-import socket, struct, sys
-from pathlib import Path
-from loopback.bpf import hooks, loader
-pins, vb = Path(sys.argv[2]), socket.if_nametoindex("vb")
-table, seen = loader.Map.pinned(pins / "table"), loader.Map.pinned(pins / "seen")
-assert table.lookup(struct.pack("=I", 9)) == struct.pack("=Q", 99)
-link = hooks.XdpLink.pinned(pins / "vb-native")
-assert (link.mode, link.ifindex) == ("native", vb)
-program = loader.Program.pinned(pins / "program")
-assert link.program_id != program.id
-link.update(program)
-assert link.program_id == program.id
-again = loader.load(Path(sys.argv[1]).read_bytes(), reuse={"seen": seen})
-old = hooks.tc_program(vb, hooks.TC_INGRESS)
-assert old > 0
-hooks.tc_attach(vb, hooks.TC_INGRESS, again.programs["tc_second"])
-assert hooks.tc_program(vb, hooks.TC_INGRESS) == again.programs["tc_second"].id != old
-again.close(), program.close(), link.close(), table.close(), seen.close()
-"""
-
-
-def test_three_rights_are_enough_to_begin_and_for_another_process_to_take_over(
-    tiny_object: Path, pins: Path, veth: tuple[int, int]
-) -> None:
-    in_process(BEGIN, tiny_object, pins, wrapper=ONLY_THREE)
-    seen = Map.pinned(pins / "seen")
-    there = Loaded({"seen": seen}, {})
-    try:
-        with Flood(veth[0], FRAME) as flood:
-            flood.send(64)
-            wait_for(lambda: counts(there) == [64, 0, 0, 0])
-            in_process(ADOPT, tiny_object, pins, wrapper=ONLY_THREE)
-            flood.send(64)
-            wait_for(lambda: counts(there) == [64, 64, 0, 0])
-        with Flood(veth[1], FRAME, into=True) as flood:
-            flood.send(64)
-        wait_for(lambda: counts(there) == [64, 64, 0, 64])
-    finally:
-        there.close()
-
-
 def test_a_place_where_no_folder_can_be_made_is_refused_in_words() -> None:
     with pytest.raises(Refused, match="no bpf file system at /proc/loopback/bpf") as refusal:
         loader.ensure_bpffs(Path("/proc/loopback/bpf"))
     assert "mount -t bpf" in refusal.value.next_step
-
-
-def test_an_error_of_a_rings_reader_reaches_who_consumes(tiny: Loaded) -> None:
-    def fail(record: bytes) -> None:
-        raise LookupError(len(record))
-
-    ring = Ring(tiny.maps["events"], fail)
-    try:
-        tiny.programs["stamp"].run(FRAME, repeat=2)
-        for _ in range(2):  # the record that failed is used up, the next one is not lost
-            with pytest.raises(LookupError):
-                ring.consume()
-        assert ring.consume() == 0
-    finally:
-        ring.close()
 
 
 def test_mounting_without_the_right_to_is_refused_in_words(tmp_path: Path) -> None:
