@@ -31,6 +31,7 @@ from loopback.contracts import envelope, events, subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Command, Result
+from loopback.services._runtime.settings import read_identity
 from loopback.trust import blobs
 
 RESULT_TIMEOUT_S: Final = (
@@ -85,8 +86,10 @@ def load() -> Context:
             f"there is no installation in {base}",
             "run 'loopback up' first, or name the installation with --home",
         ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise Refused(Code.NAME_INVALID, f"{path}: {error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Refused(
+            Code.NAME_INVALID, f"{path}: {error}", "restore it, or run 'loopback up' anew"
+        ) from None
     missing = [name for name in ("url", "creds", "operator_key") if not isinstance(found.get(name), str)]
     if missing:
         raise Refused(Code.NAME_INVALID, f"{path}: the entry {missing[0]!r} is missing or no text")
@@ -299,6 +302,7 @@ async def connect(context: Context | None = None) -> AsyncIterator[Session]:
         raise Refused(
             Code.NAME_INVALID, f"there are no credentials in {context.creds}", "run 'loopback up' first"
         )
+    read_identity(context.creds)  # says which file is no credentials file, where the client library would not
 
     async def quiet(_: Exception) -> None:
         """Errors reach the caller as exceptions; nats-py would print each a second time."""

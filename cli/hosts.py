@@ -171,7 +171,8 @@ async def enrol(
 ) -> Path:
     """Make a host known and write its folder; returns the path of its `host.toml`.
 
-    The record is accepted before anything is written, so a refusal leaves nothing behind. Raises Refused.
+    The record is accepted before anything is written, so a refusal leaves no file behind. Raises Refused, and OSError
+    where the folder cannot be made.
     """
     check(host, workspace, addresses)
     pinned = session.context.home / "tuf" / "root.json"
@@ -192,6 +193,8 @@ async def enrol(
                 f"{taken[0]} exists",
                 "choose another folder, or overwrite it with --replace",
             )
+    # Before the record: a key that can be kept nowhere must not be recorded.
+    await asyncio.to_thread(out.mkdir, parents=True, exist_ok=True)
     text = creds.host_creds(session.context.home, workspace, host)
     seed = next(line for line in text.splitlines() if line.startswith("SU"))
     await session.send(
@@ -224,7 +227,6 @@ async def enrol(
 
 
 def _write_folder(out: Path, creds_text: str, root: Path, host: config.HostConfig) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "host.creds"
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -122,8 +122,8 @@ def explain(error: BaseException) -> str | None:
         return "error: no NATS server answers\n  next: start one with 'loopback up', or give --home of the one that runs"
     if isinstance(error, nats.errors.Error):
         return f"error: the bus said: {error}\n  next: check that 'loopback up' runs and that your credentials are its own"
-    if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError | NotADirectoryError):
-        return f"error: {error.strerror}: {error.filename}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"error: {error.strerror}" + (f": {error.filename}" if error.filename else "")
     if isinstance(error, msgspec.MsgspecError):
         return f"error: stored data does not read: {error}\n  next: check that client and services have one version"
     return None

@@ -6,11 +6,15 @@ past handlers that refuse what does not decode, and have its message redelivered
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from datetime import datetime
+from typing import Annotated, Generic, TypeVar
 
 import msgspec
 
 T = TypeVar("T")
+
+#: A time from outside. One without a time zone does not decode: comparing it with ours would raise TypeError.
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class Decoder(Generic[T]):

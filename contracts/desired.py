@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Literal
 
 import msgspec
 
-from loopback.contracts.decoding import Decoder
+from loopback.contracts.decoding import Decoder, Time
 from loopback.contracts.envelope import Envelope
 
 
@@ -38,7 +37,7 @@ class DesiredModule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     expected: Running | None = None
     size: int = 0
     trial_s: float = 10.0
-    not_after: datetime | None = None
+    not_after: Time | None = None
     returning: bool = False
 
 
@@ -55,7 +54,7 @@ class DesiredState(
     workspace: str
     generation: int
     modules: tuple[DesiredModule, ...]
-    issued_at: datetime
+    issued_at: Time
     record: Envelope | None = None
     journal_head: str = ""
     incarnation: str = ""

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from loopback.contracts.codes import Refusal
-from loopback.contracts.decoding import Decoder
+from loopback.contracts.decoding import Decoder, Time
 from loopback.contracts.envelope import Envelope
 
 Environment = Literal["production", "staging", "sandbox"]
@@ -25,8 +25,8 @@ class Command(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     id: str
     workspace: str
-    issued_at: datetime
-    expires_at: datetime
+    issued_at: Time
+    expires_at: Time
 
 
 class WorkspacePut(Command, frozen=True, tag_field="type", tag="workspace.put"):
@@ -129,8 +129,8 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     policy: str | None
     policy_serial: int
     selector: Selector
-    not_before: datetime
-    not_after: datetime
+    not_before: Time
+    not_after: Time
     on_failure: Literal["rollback", "halt"] = "rollback"
     absent: bool = False
 
@@ -200,7 +200,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     name: str
     serial: int
     content: msgspec.Raw
-    issued_at: datetime
+    issued_at: Time
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="result", omit_defaults=True):

@@ -7,15 +7,14 @@ every report of one incarnation, so late and repeated ones are recognised.
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from loopback.contracts import envelope, subjects
 from loopback.contracts.codes import Code, Refusal, Refused
-from loopback.contracts.decoding import Decoder
+from loopback.contracts.decoding import Decoder, Time
 from loopback.contracts.desired import Running
 from loopback.contracts.keys import PublicKey
 
@@ -63,7 +62,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     workspace: str
     incarnation: str
     seq: int
-    at: datetime
+    at: Time
 
 
 class Inventory(Report, frozen=True, tag_field="type", tag="inventory"):
@@ -118,6 +117,10 @@ class Heartbeat(Report, frozen=True, tag_field="type", tag="heartbeat"):
 
 
 AnyReport = Inventory | Status | Heartbeat
+
+#: Bytes of each kind of report. Telemetry keeps one of each for a few incarnations in one message of the bus, so a host that
+#: says more than this would have its view, and with it its share of telemetry's time, wait for ever.
+MAX_BYTES: Final = {"inventory": 16 * 1024, "status": 160 * 1024, "heartbeat": 4 * 1024}
 
 _DECODER: Decoder[AnyReport] = Decoder(msgspec.json.Decoder(AnyReport))
 
@@ -175,6 +178,11 @@ def open_report(data: bytes, subject: str, key_of: Callable[[str, str], PublicKe
     """
     workspace, host, kind = sender(subject)
     payload = open_signed(data, subject, envelope.REPORT, key_of(workspace, host))
+    if len(payload) > (most := MAX_BYTES.get(kind, 0)):
+        raise Refused(
+            Code.REPORT_MALFORMED,
+            f"{host!r} sent {len(payload)} bytes as its {kind[:20]!r}; {most} are allowed",
+        )
     try:
         report = decode(payload)
     except (msgspec.MsgspecError, RecursionError) as error:

@@ -18,6 +18,7 @@ from loopback.contracts.subjects import token
 
 MAX_WAVES: Final = 100
 MAX_SCOPE_DAYS: Final = 90  # how long one signature may let hosts be changed
+MAX_SOAK_S: Final = MAX_SCOPE_DAYS * 86400.0  # a longer soak outlives every scope, and at last every calendar
 _ROUNDING: Final = 1e-9  # 0.1 × 30 is 3.0000000000000004: shares are compared with this much slack
 
 
@@ -75,8 +76,8 @@ def _check_wave(field: str, wave: Wave, percent_before: float) -> float:
         raise invalid(field, "it says nothing of its hosts", "give it count, percent, hosts or labels")
     if wave.count is not None and wave.count < 1:
         raise invalid(f"{field}.count", f"{wave.count} is below 1")
-    if wave.soak_s < 0 or not math.isfinite(wave.soak_s):
-        raise invalid(f"{field}.soak_s", f"{wave.soak_s} is not a duration")
+    if not 0 <= wave.soak_s <= MAX_SOAK_S:
+        raise invalid(f"{field}.soak_s", f"{wave.soak_s:g} s is not between 0 and {MAX_SCOPE_DAYS} days")
     if len(set(wave.hosts)) != len(wave.hosts):
         raise invalid(f"{field}.hosts", "it names a host twice")
     if wave.percent is None:

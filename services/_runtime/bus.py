@@ -36,6 +36,7 @@ from loopback.services._runtime.wire import (
     Outgoing,
     Stored,
     StreamReplaced,
+    TooLarge,
     Unavailable,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "Outgoing",
     "Stored",
     "StreamReplaced",
+    "TooLarge",
     "Unavailable",
 ]
 
@@ -163,6 +165,8 @@ class Bus:
                 return await self._send_batch(prepared, f"{base}-{number}")
             except nats.errors.NoRespondersError:
                 continue
+            except nats.errors.MaxPayloadError:
+                raise TooLarge(f"a message of the batch from {outs[0].subject} is too large") from None
             except (nats.errors.Error, TimeoutError) as error:
                 log.info("batch %s: %s; trying again", base, error or type(error).__name__)
                 uncertain = True
@@ -205,6 +209,8 @@ class Bus:
                 return wire.read_ack(answer.data).seq
             except nats.errors.NoRespondersError:
                 continue
+            except nats.errors.MaxPayloadError:
+                raise TooLarge(f"{len(out.data)} bytes are too many for {out.subject}") from None
             except (nats.errors.Error, TimeoutError) as error:
                 log.info("publish to %s: %s; trying again", out.subject, error or type(error).__name__)
                 uncertain = True

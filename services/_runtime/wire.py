@@ -54,6 +54,10 @@ class Unavailable(Exception):
     """The broker did not confirm in time. What was sent may or may not be stored; sending it again is harmless."""
 
 
+class TooLarge(Unavailable):
+    """A message is over what the broker takes. Sending it again is of no use, so it is not tried."""
+
+
 class Forbidden(Exception):
     """The broker refuses this subject to these credentials."""
 
@@ -129,9 +133,12 @@ def from_store(stream: str, found: Mapping[str, Any]) -> Stored:
 
 
 def read_headers(raw: bytes) -> dict[str, str]:
-    """NATS's header block as a mapping; of repeated names the last counts."""
+    """NATS's header block as a mapping; of repeated names the last counts.
+
+    Any publisher chooses these bytes, and the broker keeps what is not UTF-8: it is replaced, as the client library does.
+    """
     found = {}
-    for line in raw.decode().split("\r\n")[1:]:
+    for line in raw.decode(errors="replace").split("\r\n")[1:]:
         name, colon, value = line.partition(":")
         if colon:
             found[name] = value.strip()

@@ -24,8 +24,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.version import InvalidVersion, Version
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.messages import (
@@ -41,7 +41,7 @@ MAX_LABELS: Final = 64  # per host or entitlement; they travel inside every desi
 MAX_LABEL: Final = 128  # characters of a label's name, and of its value
 MAX_RELEASES: Final = 50  # per module in one offer, the newest; it bounds an offer to some tens of kilobytes
 
-_KERNEL = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
+_KERNEL = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})(?:\.([0-9]{1,9}))?")  # int() refuses thousands of digits
 
 
 class Judged(NamedTuple):
@@ -61,11 +61,12 @@ def kernel_version(text: str) -> tuple[int, int, int] | None:
 def in_range(version: str, specifier: str) -> bool:
     """Whether a version is in a PEP 440 range. Pre-releases count: channels, not version names, hold them back.
 
-    What is no version or no range is in no range.
+    What is no version or no range is in no range; neither is a version with a number of thousands of digits, which a host
+    may claim and `int` refuses.
     """
     try:
         return SpecifierSet(specifier).contains(Version(version), prereleases=True)
-    except (InvalidSpecifier, InvalidVersion):
+    except ValueError:
         return False
 
 
@@ -269,8 +270,8 @@ def _kernel_new_enough(has: str, needs: str) -> bool:
 def check_entitlement(entitlement: EntitlementPut) -> None:
     """Refuse an entitlement that could never be applied. Raises Refused(COMMAND_MALFORMED) naming the field."""
     try:
-        SpecifierSet(entitlement.versions)
-    except InvalidSpecifier:
+        SpecifierSet(entitlement.versions).contains("1")  # it reads the numbers only when it compares
+    except ValueError:
         raise Refused(
             Code.COMMAND_MALFORMED,
             f"versions: {entitlement.versions!r} is no version range",
@@ -303,7 +304,7 @@ def version_key(version: str) -> tuple[bool, Version | str]:
     """Sorts versions as people mean them; what is no version comes before every one that is, by its letters."""
     try:
         return (True, Version(version))
-    except InvalidVersion:
+    except ValueError:
         return (False, version)
 
 

@@ -206,3 +206,19 @@ def test_an_entitlement_that_could_never_apply_is_refused_naming_the_field(chang
         decide.check_entitlement(msgspec.structs.replace(entitlement(), **changed))
     assert caught.value.code is Code.COMMAND_MALFORMED
     assert caught.value.reason.startswith(field)
+
+
+@pytest.mark.parametrize("field", ["kernel", "agent_version", "architecture"])
+@pytest.mark.parametrize("claimed", ["9" * 5000, "5." + "9" * 5000, "²", "\0", ""])
+def test_nothing_that_a_host_claims_of_itself_ends_in_an_exception(field, claimed):
+    judged = decide.judge(host(), inventory(**{field: claimed}), [entitlement()], release())
+    assert judged.version == "1.2.0"
+    if field == "agent_version":
+        assert judged.refusal is not None
+        assert judged.refusal.code is Code.ELIGIBILITY_AGENT
+
+
+def test_a_range_with_a_number_beyond_reading_is_refused():
+    with pytest.raises(Refused) as caught:
+        decide.check_entitlement(msgspec.structs.replace(entitlement(), versions=">=" + "9" * 5000))
+    assert caught.value.code is Code.COMMAND_MALFORMED

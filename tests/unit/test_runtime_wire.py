@@ -27,6 +27,12 @@ def test_headers_read_back_as_the_server_stores_them(headers: dict[str, str]) ->
     assert wire.read_headers(raw.encode()) == headers
 
 
+@given(st.binary(max_size=200))
+def test_headers_that_a_publisher_made_of_any_bytes_are_read(raw: bytes) -> None:
+    wire.read_headers(b"NATS/1.0\r\n" + raw)
+    assert wire.read_headers(b"NATS/1.0\r\nX: \xff\r\nY: 1\r\n\r\n")["Y"] == "1"
+
+
 def test_no_headers_read_as_none() -> None:
     assert wire.read_headers(b"") == {}
 
