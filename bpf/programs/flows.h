@@ -268,6 +268,7 @@ static __always_inline bool related(void *context, bool xdp, struct packet *pack
 		return false;
 	if (!flow_allowed(flow, &key, slot, flow->direction, answer))
 		return false;
+	answer->identity = FW_NO_RULE; /* an error about a flow is no packet of its rule */
 	answer->reason = FW_BY_RELATED;
 	return true;
 }
