@@ -20,6 +20,8 @@ MAX_TOKEN: Final = (
 )
 GLOBAL_WORKSPACE: Final = "global"  # commands and results that belong to no workspace (releases, trust)
 
+EVERY: Final = "*"  # in a filter, in the place of a name
+
 STREAM_COMMANDS: Final = "LB_CMD"
 STREAM_FLEET: Final = "LB_FLEET"
 STREAM_REPORTS: Final = "LB_FROM"
@@ -39,8 +41,13 @@ def token(name: str) -> str:
     """Escape any non-empty id into one subject token of `[a-z0-9_-]`; reversed by `untoken`.
 
     Every byte of its UTF-8 form outside `[a-z0-9-]` becomes `_` and two hex digits.
-    Raises Refused(NAME_INVALID) where the id is empty, too long or no text.
+    Raises Refused(NAME_INVALID) where the id is empty, too long or no text, and for `*`, which in a subject stands for
+    every name: a thing of that name would be stored under, and read as, everybody's.
     """
+    if name == EVERY:
+        raise Refused(
+            Code.NAME_INVALID, "the name '*' stands for every name", "choose a name with another character"
+        )
     try:
         escaped = "".join(
             c if _PLAIN.fullmatch(c) else "".join(f"_{b:02x}" for b in c.encode()) for c in name
@@ -178,4 +185,4 @@ def parse(subject: str) -> Parsed:
 
 
 def _or_star(name: str) -> str:
-    return "*" if name == "*" else token(name)
+    return name if name == EVERY else token(name)

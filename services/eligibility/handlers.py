@@ -94,6 +94,7 @@ class Handlers:
 
         Raises Conflict where another command's record came in between: it is decided again.
         """
+        subjects.token(name)  # no name that a subject cannot hold, nor one that stands for all
         workspace, place = context.command.workspace, context.stored.sequence
         subject = subjects.record(workspace, kind, name)
         detail = {"kind": kind, "name": name, **detail}

@@ -156,6 +156,8 @@ async def test_from_a_workspace_to_a_host_that_may_have_the_module(broker, capsy
         (("entitlement", "put", "e", "--module", "m", "--label", "nonsense"), "--label 'nonsense'"),
         (("host", "add", "Web 1", "--out", "/nowhere"), "host: 'Web 1'"),
         (("host", "add", "web-1", "--address", "here", "--out", "/nowhere"), "--address 'here'"),
+        (("workspace", "put", "*"), "the name '*'"),
+        (("entitlement", "put", "*", "--module", "m"), "the name '*'"),
         (("host", "show", "web-9"), "no record names the host 'web-9'"),
     ],
 )
