@@ -118,7 +118,8 @@ class Datapath:
 
     def _adopt_slots(self) -> None:
         for index in range(layout.SLOTS):
-            for name in (f"slot-{index}", f"interfaces-{index}"):
+            for kind in ("slot", "sets4", "sets6", "interfaces"):
+                name = f"{kind}-{index}"
                 inner = self._pins.inner(name)
                 if inner is not None:
                     self._inner[name] = inner
@@ -214,9 +215,12 @@ class Datapath:
         self._maps["sets4"].update_fd(index, sets4)
         self._maps["sets6"].update_fd(index, sets6)
         self._maps["interfaces"].update_fd(index, interfaces)
-        for inner in (sets4, sets6):
-            inner.close()
-        for name, inner in ((f"slot-{index}", slot), (f"interfaces-{index}", interfaces)):
+        for name, inner in (
+            (f"slot-{index}", slot),
+            (f"sets4-{index}", sets4),
+            (f"sets6-{index}", sets6),
+            (f"interfaces-{index}", interfaces),
+        ):
             self._pins.replace(name, inner)
             if name in self._inner:
                 self._inner[name].close()
