@@ -167,11 +167,12 @@ def anywhere(choose: Any, *, stateful: bool = True) -> Packet:
 
 
 def on_corners(rule: Rule, policy: FirewallPolicy, choose: Any) -> Packet | None:
-    """A packet on the corners of one rule; `choose(sequence)` picks. None for a rule that no packet meets."""
+    """A packet on the corners of one rule; `choose(sequence)` picks. None for a rule whose addresses have no family in common.
+
+    A side that only an empty set fills is taken for "any": such a rule must match nothing, least of all everything.
+    """
     sources = [*rule.sources, *(p for name in rule.source_sets for p in policy.sets[name])]
     targets = [*rule.destinations, *(p for name in rule.destination_sets for p in policy.sets[name])]
-    if (rule.source_sets and not sources) or (rule.destination_sets and not targets):
-        return None
     families = [
         f for f in (4, 6)
         if (not sources or any(p.family == f for p in sources)) and (not targets or any(p.family == f for p in targets))
@@ -215,3 +216,11 @@ def on_corners(rule: Rule, policy: FirewallPolicy, choose: Any) -> Packet | None
 def other(action: Action) -> Action:
     """The opposite verdict."""
     return Action.DROP if action is Action.ACCEPT else Action.ACCEPT
+
+
+def meets_nothing(rule: Rule, policy: FirewallPolicy) -> bool:
+    """Whether a side of the rule is filled by empty sets alone."""
+    return any(
+        names and not prefixes and not any(policy.sets[name] for name in names)
+        for prefixes, names in ((rule.sources, rule.source_sets), (rule.destinations, rule.destination_sets))
+    )
