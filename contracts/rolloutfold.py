@@ -197,7 +197,10 @@ def _unqueue(rollout: Rollout, progress: HostProgress) -> None:
 def _once_more(rollout: Rollout, progress: HostProgress, at: datetime) -> None:
     if progress.standing is not Standing.RETURNING:
         rollout.move(progress, Standing.PENDING, at)
-    rollout.again[progress.host] = None
+    if (
+        progress.host not in rollout.to_return
+    ):  # it will be told to return anyway, and must not be told twice at once
+        rollout.again[progress.host] = None
 
 
 def _observe(workspace: Workspace, rollout: Rollout, seen: Observation, at: datetime) -> None:
