@@ -1,4 +1,4 @@
-"""Policies and programs change under traffic: no packet meets a mixture or passes unfiltered, and the kernel falls back alone."""
+"""Policies and programs change under traffic: no mixture, nothing unfiltered, and the kernel falls back alone."""
 
 from __future__ import annotations
 
