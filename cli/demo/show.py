@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -47,7 +48,7 @@ class Timeline:
 
     def command(self, words: str) -> None:
         """A command that anybody could type."""
-        self.line("$", "cyan", words)
+        self.line("$", "cyan", words.replace(f"{Path.cwd()}/", ""))
 
     def output(self, text: str) -> None:
         """What a command printed, indented."""

@@ -236,9 +236,13 @@ class Story:
             f"udp/{policies.DENIED_UDP}"
         )
         counts.denied_leaked += arrived if arrived > sum(bad) else 0
+        failed = sorted(
+            {f"{p} {to} {port}" for (p, to, port), ok in zip(allowed * 5, good, strict=True) if not ok}
+        )
         self.check(
-            not counts.allowed_failed,
-            f"allowed: {counts.allowed_ok} of {len(good)} connections and exchanges passed",
+            not failed,
+            f"allowed: {counts.allowed_ok} of {len(good)} connections and exchanges passed"
+            + (f"; not: {', '.join(failed)}" if failed else ""),
         )
         self.check(
             not counts.denied_leaked,
@@ -308,7 +312,7 @@ class Story:
         self.show.act("e", "A broken release 1.1.0 halts at the canary, and the canary returns")
         overlay = self.stage.out / "overlay"
         shutil.rmtree(overlay, ignore_errors=True)
-        policies.write(overlay / "loopback" / "modules" / "firewall", "__main__.py", BROKEN_MODULE)
+        policies.write(overlay / "lib" / "loopback" / "modules" / "firewall", "__main__.py", BROKEN_MODULE)
         await self.publish("1.1.0", overlay)
         probing = asyncio.create_task(self._denied_until_cancelled())
         shown = await self.rollout("fw-2", "1.1.0", "even", policies.even(), expect=3, verbose=True)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 ECHO = b"loopback-demo-probe"
 FLOOD_BURST = 64  # packets between two looks at the clock and the stop flag
@@ -40,12 +40,12 @@ class _Udp(asyncio.DatagramProtocol):
         self.arrived = arrived
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        # asyncio's own datagram transports are no subclasses of DatagramTransport on every supported Python.
+        self.transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: Any) -> None:
         self.arrived[f"udp/{self.port}"] += 1
-        if isinstance(self.transport, asyncio.DatagramTransport):
-            self.transport.sendto(data, addr)
+        self.transport.sendto(data, addr)
 
 
 async def serve(tcp: list[int], udp: list[int]) -> None:
