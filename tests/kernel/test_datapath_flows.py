@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -84,6 +85,20 @@ def test_answers_pass_though_the_way_out_is_shut(world: World, family: int) -> N
     world.enforce(SHUT + "rules:\n  - {name: web, proto: tcp, ports: 8080, action: accept}\n")
     with connected(world, family) as (client, server):
         exchange(client, server)
+
+
+def test_segments_that_the_stack_joins_pass_like_single_ones(world: World) -> None:
+    datapath = world.enforce(SHUT + "rules:\n  - {name: web, proto: tcp, ports: 8080, action: accept}\n")
+    size = 8 << 20
+    with connected(world) as (client, server):
+        for sender, receiver in ((client, server), (server, client)):
+            thread = threading.Thread(target=sender.sendall, args=(bytes(size),))
+            thread.start()
+            got = 0
+            while got < size:
+                got += len(receiver.recv(1 << 20))
+            thread.join()
+    assert datapath.totals()["egress.truncated.drop"] == datapath.totals()["ingress.truncated.drop"] == 0
 
 
 @pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, PEER4), (socket.AF_INET6, PEER6)])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import struct
 import subprocess
 import sys
 import time
@@ -295,3 +298,57 @@ def test_where_another_program_holds_xdp_ingress_is_filtered_in_tc(world: World)
 def test_the_views_agree_with_the_kernel_on_the_word() -> None:
     word = layout.active_word(0x1_0005, 0x1_0004, 77)
     assert layout.split_word(word) == (5, 4, 77)
+
+
+def test_a_release_with_other_shared_structures_starts_from_the_policy_that_holds(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its maps are fresh: were they empty, a trial that nobody confirms would fall back to no firewall at all."""
+    first = world.enforce(SHUT)
+    digest = first.digest
+    first.close()
+    monkeypatch.setattr(layout, "fingerprint", lambda: "f" * 16)
+    second = world.open()
+    assert not second.adopted
+    world.enforce(OPEN, second, trial_s=0.5)
+    assert world.arriving(to_host(UDP(dport=9))) == [True]
+    second.close()
+    until(lambda: world.arriving(to_host(UDP(dport=9))) == [False])
+    third = world.open()
+    assert third.adopted and third.digest == digest
+
+
+def test_a_release_with_other_shared_structures_is_undone_by_revert(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = world.enforce(SHUT)
+    monkeypatch.setattr(layout, "fingerprint", lambda: "e" * 16)
+    second = world.open()
+    world.enforce(OPEN, second, trial_s=60)
+    with inside(world.host):
+        second.revert()
+    assert world.arriving(to_host(UDP(dport=9))) == [False]
+    before = judged(first, "default", "drop")
+    assert world.arriving(to_host(UDP(dport=9))) == [False]
+    assert judged(first, "default", "drop") == before + 1, "the older programs and maps judge again"
+
+
+def test_devices_without_ethernet_are_filtered_in_tc(world: World) -> None:
+    subprocess.run(["ip", "-n", world.host, "tuntap", "add", "tun0", "mode", "tun"], check=True)
+    subprocess.run(["ip", "-n", world.host, "addr", "add", "10.88.0.1/24", "dev", "tun0"], check=True)
+    with inside(world.host):
+        wire = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        try:
+            fcntl.ioctl(
+                wire, 0x400454CA, struct.pack("16sH", b"tun0", 0x1001)
+            )  # TUNSETIFF: IFF_TUN, IFF_NO_PI
+            subprocess.run(["ip", "-n", world.host, "link", "set", "tun0", "up"], check=True)
+            datapath = world.enforce(SHUT + "rules:\n  - {name: a, proto: udp, ports: 9, action: accept}\n")
+            assert {a.device: a.ingress for a in datapath.attachments} == {"eth0": "native", "tun0": "tc"}
+            for port in (9, 10, 10):
+                os.write(wire, bytes(IP(src="10.88.0.2", dst="10.88.0.1") / UDP(sport=1000, dport=port)))
+            until(
+                lambda: judged(datapath, "default", "drop") == 2 and judged(datapath, "rule", "accept") == 1
+            )
+        finally:
+            os.close(wire)
