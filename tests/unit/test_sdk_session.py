@@ -89,7 +89,9 @@ async def test_a_module_speaks_first_and_answers_each_request_under_its_id() -> 
         assert (hello.module, hello.abi) == ("recorder", abi.ABI_VERSION)
         configured = await agent.ask(abi.Configure(host="h1", workspace="w", state_dir="/x"))
         assert configured == abi.Done(detail={"adopted": "true", "policy": "p0"})
-        assert await agent.ask(abi.Stage(digest="d", serial=1, content=b"{}")) == abi.Done(detail={"rules": "3"})
+        assert await agent.ask(abi.Stage(digest="d", serial=1, content=b"{}")) == abi.Done(
+            detail={"rules": "3"}
+        )
         health = await agent.ask(abi.Health())
         assert isinstance(health, abi.Done)
         assert health.health == abi.HealthReport(state="ok", policy="p0")
