@@ -54,9 +54,12 @@ class Stage:
         self.processes[name] = process
         return process
 
-    async def loopback(self, *words: str, quiet: bool = False, check: bool = True) -> tuple[int, str]:
+    async def loopback(
+        self, *words: str, quiet: bool = False, check: bool = True, live: bool = False
+    ) -> tuple[int, str]:
         """Run the operator's command as a person would; returns exit code and standard output.
 
+        With `live`, its lines are shown as they come.
         Raises Refused with what it said on standard error when `check` and it failed.
         """
         if not quiet:
@@ -68,8 +71,15 @@ class Stage:
             stderr=asyncio.subprocess.PIPE,
             env=self.environment,
         )
-        out, err = await process.communicate()
-        code = process.returncode or 0
+        assert process.stdout is not None and process.stderr is not None  # pipes, as asked for
+        errors = asyncio.create_task(process.stderr.read())
+        out = b""
+        while line := await process.stdout.readline():
+            out += line
+            if live:
+                self.show.output(line.decode())
+        err = await errors
+        code = await process.wait()
         if check and code:
             raise Refused(
                 Code.COMMAND_CONFLICT,
