@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from opentelemetry import context, trace
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality
+from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality, Metric
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -18,6 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 import loopback
 from loopback.contracts import envelope
 
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 Send = Callable[[str, bytes], None]
@@ -61,9 +63,13 @@ def figures(
     scope = resource.scope_metrics.add()
     scope.scope.name = "loopback.host"
     now = time.time_ns()
+    known: dict[str, Metric] = {}
     for module, values in (("", agent), *by_module.items()):
-        for name, number in values.items():
-            metric = scope.metrics.add(name=name)
+        for label, number in values.items():
+            name, labels = parts(label)
+            metric = known.get(name)
+            if metric is None:
+                metric = known[name] = scope.metrics.add(name=name)
             if name.endswith("_total"):
                 metric.sum.is_monotonic = True
                 metric.sum.aggregation_temporality = AggregationTemporality.AGGREGATION_TEMPORALITY_CUMULATIVE
@@ -73,8 +79,16 @@ def figures(
             point.time_unix_nano = now
             point.as_double = number
             if module:
-                point.attributes.add(key="loopback.module").value.string_value = module
+                labels["loopback.module"] = module
+            for key, value in labels.items():
+                point.attributes.add(key=key).value.string_value = value
     return request.SerializeToString()
+
+
+def parts(label: str) -> tuple[str, dict[str, str]]:
+    """A metric's name and labels, from `name` or `name{label="value",…}` as modules report them."""
+    name, _, rest = label.partition("{")
+    return name, dict(_LABEL.findall(rest))
 
 
 def parent(headers: Mapping[str, str]) -> context.Context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import platform
 import shutil
@@ -431,6 +432,8 @@ class Story:
             trace = self.summary.trace
             self.show.act("·", f"The first rollout as one trace, {first.trace_id}")
             self.show.output(self.receiver.render_tree(first.trace_id))
+            spans = [span._asdict() for span in self.receiver.spans if span.trace_id == first.trace_id]
+            (self.stage.out / "trace.json").write_text(json.dumps(spans, indent=1, default=str) + "\n")
             self.check(
                 len(trace.services) >= 4 and set(trace.hosts) >= set(HOSTS),
                 f"{trace.spans} spans of {', '.join(trace.services)} and of {len(trace.hosts)} hosts",

@@ -33,6 +33,40 @@ def play(out: Path, *before: str) -> tuple[int, str, dict[str, Any]]:
     return done.returncode, told, json.loads((out / "summary.json").read_text())
 
 
+def assert_one_tree(spans: list[dict[str, Any]]) -> None:
+    """From the operator's event to the attach in each kernel: who is whose parent, as the receiver got them."""
+    by_id = {span["span_id"]: span for span in spans}
+
+    def service(span: dict[str, Any]) -> str:
+        return str(span["resource"]["service.name"])
+
+    def parent(span: dict[str, Any]) -> dict[str, Any]:
+        return by_id[span["parent"]]
+
+    def named(name: str, maker: str) -> list[dict[str, Any]]:
+        return [span for span in spans if span["name"].startswith(name) and service(span) == maker]
+
+    (root,) = [span for span in spans if not span["parent"]]
+    assert (root["name"], service(root)) == ("send rollout.start", "loopback-cli")
+    assert {span["parent"] for span in spans if span["parent"]} <= set(by_id), "no span is an orphan"
+    (accepted,) = named("process lb.ws.{workspace}.cmd.activation", "loopback-activation")
+    assert parent(accepted) is root
+    for judge in ("loopback-eligibility", "loopback-delivery"):
+        (judged,) = named("process lb.ws.{workspace}.rollout", judge)
+        assert parent(judged) is accepted
+    decisions = named("decide ", "loopback-activation")
+    assert decisions and all(parent(decision) is root for decision in decisions)
+    applied = {span["resource"]["host.name"]: span for span in named("apply firewall", "loopback-host")}
+    assert set(applied) == HOSTS
+    assert all(parent(span)["name"] == "decide assigned" for span in applied.values())
+    for attach in named("attach", "loopback-host"):
+        assert parent(attach) is applied[attach["resource"]["host.name"]]
+    assert len(named("attach", "loopback-host")) == len(HOSTS)
+    for seen in named("process lb.ws.{workspace}.from", "loopback-telemetry"):
+        assert service(parent(seen)) == "loopback-host"
+    assert all("loopback.rollout.id" in span["attributes"] for span in (*decisions, *applied.values(), root))
+
+
 def test_the_demo_plays_every_act_and_every_promise_holds(tmp_path: Path) -> None:
     code, told, summary = play(tmp_path / "demo")
     assert code == 0, told
@@ -60,8 +94,10 @@ def test_the_demo_plays_every_act_and_every_promise_holds(tmp_path: Path) -> Non
     assert summary["crash"]["leaked"] == 0
     assert summary["crash"]["adopted"]
 
+    assert summary["trace"]["spans"] > 40
     assert summary["trace"]["services"] == ["activation", "delivery", "eligibility", "telemetry"]
     assert set(summary["trace"]["hosts"]) == HOSTS
+    assert_one_tree(json.loads((tmp_path / "demo" / "trace.json").read_text()))
     assert summary["residue"] == []
     assert summary["duration_s"] < 300
 
