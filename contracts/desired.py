@@ -25,7 +25,9 @@ class DesiredModule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     `running` is None for "absent": disabled, uninstalled, nothing left in the kernel. `expected` is what the sender
     believes the host last promoted (None: nothing); a host that promoted something else refuses with HOST_EXPECTED and
     says what it has. `scope` is the operator-signed RolloutStart command, `generation` that of this module's entry.
-    `returning` marks a way back: `running` must then equal what the host itself promoted last.
+    `returning` marks a way back: `running` must then equal what the host itself promoted last. It is open until a day after
+    the scope's end; `abort`, the operator-signed RolloutAbort of this rollout, keeps it open for a day from its own signing,
+    and is what opens it at all where the scope says `on_failure: halt`.
     `not_after` is the deadline by the broker's clock for starting the change.
     """
 
@@ -39,6 +41,7 @@ class DesiredModule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     trial_s: float = 10.0
     not_after: Time | None = None
     returning: bool = False
+    abort: Envelope | None = None
 
 
 class DesiredState(

@@ -1,7 +1,7 @@
 """What a host makes of a desired state: `check_desired` says what is asked and whether it may be, `plan` how it is done.
 
 Pure: verification needs keys and times, which are passed in. The host believes activation only that somebody may be
-asked now; everything else must lie inside what an operator signed. The checks, in order:
+asked now, or taken back to what it came from; everything else must lie inside what an operator signed. The checks, in order:
 
  of the document                                         of each entry
  1 signed by activation                                   7 older than what was handled: nothing to do
@@ -9,10 +9,12 @@ asked now; everything else must lie inside what an operator signed. The checks, 
  3 for this incarnation                                   9 the scope: signed by a releaser of this workspace
  4 its generation grows; one content per generation      10 scope, command and entry name the same rollout and module
  of the host's record, for every entry                   11 forward: version, package, policy, serial and trial lie in it
- 5 signed by an admin of this workspace, not older          back: only to what this host itself ran before it
+ 5 signed by an admin of this workspace, not older          back: only to what this host itself ran before it, and
+                                                            where the scope says halt, only by an operator's abort
  6 for this host and its key                             12 the selector matches the signed labels
                                                          13 it asks for what holds already: done
-                                                         14 the time to start the change (never earlier than signed times)
+                                                         14 the time to start the change (never earlier than signed times);
+                                                            the way back closes a day after the scope or an operator's abort
                                                          15 the host promoted what the sender expects
                                                          16 policy serials only grow, but for the promoted policy itself
                                                          17 neither quarantined here nor interrupted too often
@@ -38,6 +40,9 @@ from loopback.host import transitions
 from loopback.host.state import HostState, ModuleState
 
 SKEW: Final = timedelta(minutes=5)  # how far a host's clock may be behind the operator's
+WAY_BACK: Final = timedelta(
+    hours=24
+)  # how long after its scope's end, or an operator's abort, a change may be taken back
 MAX_TRIAL_S: Final = 3600.0  # a trial longer than that is a mistake, or keeps a host busy on purpose
 ACTIVATION: Final = "activation"
 
@@ -215,8 +220,10 @@ def _check_entry(
         f"the scope is that of rollout {start.rollout!r}, not {entry.rollout!r}",
     )
     # 11
+    abort = None
     if entry.returning:
-        _check_way_back(entry, own)
+        abort = _abort(entry, trust, identity.workspace)
+        _check_way_back(entry, own, start, abort)
     else:
         _check_forward(entry, start)
     # 12
@@ -228,12 +235,21 @@ def _check_entry(
             f"the selector wants {label}={value}, this host has {record.labels.get(label, 'none')!r}",
         )
     # 13
+    signed_at = _later(abort.issued_at if abort else None, start.issued_at)
     if entry.running == own.promoted:
-        return Answer.SAME, start.issued_at
-    # 14
-    time = max(filter(None, (now, floor, start.issued_at)))
-    if not resumed and not entry.returning:
-        if time < scope.not_before - SKEW:
+        return Answer.SAME, signed_at
+    # 14: differences, since sums leave the calendar for a time that somebody signed at its edge
+    time = max(filter(None, (now, floor, signed_at)))
+    if not resumed and entry.returning:
+        until = _later(abort.issued_at if abort else None, scope.not_after)
+        if time - until >= WAY_BACK:
+            raise Refused(
+                Code.SCOPE_EXPIRED,
+                f"the way back closed {WAY_BACK.total_seconds() / 3600:g} h after {until.isoformat()}",
+                "abort the rollout, or start a new one that leads there",
+            )
+    elif not resumed:
+        if scope.not_before - time > SKEW:
             raise Refused(Code.SCOPE_EXPIRED, f"the scope holds only from {scope.not_before.isoformat()} on")
         if time >= scope.not_after:
             raise Refused(
@@ -272,7 +288,7 @@ def _check_entry(
         if own.target == target and own.attempts >= transitions.MAX_ATTEMPTS:
             refusal = transitions.loop_refusal(own)
             raise Refused(refusal.code, refusal.reason, refusal.next_step)
-    return Answer.CHANGE, start.issued_at
+    return Answer.CHANGE, signed_at
 
 
 def _check_forward(entry: DesiredModule, start: messages.RolloutStart) -> None:
@@ -297,12 +313,38 @@ def _check_forward(entry: DesiredModule, start: messages.RolloutStart) -> None:
     )
 
 
-def _check_way_back(entry: DesiredModule, own: ModuleState) -> None:
-    """Back leads to what this host promoted: what holds now, or what held before this very rollout changed it."""
+def _check_way_back(
+    entry: DesiredModule, own: ModuleState, start: messages.RolloutStart, abort: messages.RolloutAbort | None
+) -> None:
+    """Back leads to what this host promoted: what holds now, or what held before this very command changed it."""
     if entry.running == own.promoted:
         return
     known = own.previous_rollout == entry.rollout and entry.running == own.previous
     _within(known, f"{_words(entry.running)} is not what this host ran before rollout {entry.rollout!r}")
+    _within(
+        own.previous_scope in ("", transitions.scope_digest(entry)),  # "": written by an agent of before
+        f"what was changed here by rollout {entry.rollout!r} followed from another command",
+    )
+    if start.scope.on_failure == "halt" and abort is None:
+        raise Refused(
+            Code.SCOPE_VIOLATION,
+            f"rollout {entry.rollout!r} was signed to halt where it fails, not to go back",
+            "abort it with 'loopback rollout abort', which an operator signs",
+        )
+
+
+def _abort(entry: DesiredModule, trust: Trust, workspace: str) -> messages.RolloutAbort | None:
+    """The operator's abort of this entry's rollout, where it carries one."""
+    if entry.abort is None:
+        return None
+    command = _command(entry.abort, trust, Role.RELEASER, workspace)
+    if not isinstance(command, messages.RolloutAbort):
+        raise Refused(Code.SCOPE_VIOLATION, "the abort is another kind of command than rollout.abort")
+    _within(
+        command.rollout == entry.rollout,
+        f"the abort is that of rollout {command.rollout!r}, not {entry.rollout!r}",
+    )
+    return command
 
 
 def check_policy(data: bytes, target: Running, module: str, workspace: str, trust: Trust) -> messages.Policy:

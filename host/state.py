@@ -54,7 +54,8 @@ class Quarantined(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class ModuleState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One module. `generation`, `rollout`, `target`, `returning`, `step` speak of the entry in hand or finished last.
 
-    `previous` is what `promoted` replaced during rollout `previous_rollout`; `attempts` counts how often the target was
+    `scope` is the digest of the operator's command that the target follows from. `previous` is what `promoted` replaced during
+    rollout `previous_rollout`, by the command of digest `previous_scope`; `attempts` counts how often the target was
     interrupted; `serial_floor` is the highest policy serial ever promoted here, that of `floor_policy`; `trees` maps a
     package's digest to that of its unpacked `digests.json`.
     """
@@ -62,6 +63,7 @@ class ModuleState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     module: str
     generation: int = 0
     rollout: str = ""
+    scope: str = ""
     phase: Phase = Phase.IDLE
     step: str = ""
     target: Running | None = None
@@ -71,6 +73,7 @@ class ModuleState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     promoted: Running | None = None
     previous: Running | None = None
     previous_rollout: str = ""
+    previous_scope: str = ""
     trial: Trial | None = None
     quarantine: tuple[Quarantined, ...] = ()
     serial_floor: int = 0

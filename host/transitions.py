@@ -10,6 +10,7 @@ state, and `recover` has to know nothing but that state.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final
 
 from msgspec.structs import replace
@@ -43,6 +44,7 @@ def accept(state: ModuleState, entry: DesiredModule) -> ModuleState:
         state,
         generation=entry.generation,
         rollout=entry.rollout,
+        scope=scope_digest(entry),
         phase=Phase.ACCEPTED,
         step="accept",
         target=entry.running,
@@ -50,6 +52,11 @@ def accept(state: ModuleState, entry: DesiredModule) -> ModuleState:
         attempts=state.attempts if same_target else 0,
         refusal=None,
     )
+
+
+def scope_digest(entry: DesiredModule) -> str:
+    """Which operator's command an entry follows from: the way back is open by the very one that led there."""
+    return hashlib.sha256(entry.scope.payload.encode()).hexdigest()
 
 
 def step(state: ModuleState, name: str, phase: Phase) -> ModuleState:
@@ -116,15 +123,13 @@ def promote(state: ModuleState) -> ModuleState:
     """The trial passed: the one write by which the new state holds."""
     assert state.trial is not None
     running = state.trial.running
-    keep = state.previous_rollout == state.rollout
     raises = running.policy is not None and running.policy_serial > state.serial_floor
     return replace(
         state,
         phase=Phase.PROMOTED,
         step="",
         promoted=running,
-        previous=None if state.returning else state.previous if keep else state.promoted,
-        previous_rollout="" if state.returning else state.rollout,
+        **_way_back(state),
         trial=None,
         attempts=0,
         refusal=None,
@@ -135,18 +140,28 @@ def promote(state: ModuleState) -> ModuleState:
 
 def removed(state: ModuleState) -> ModuleState:
     """The module is gone from process table and kernel."""
-    keep = state.previous_rollout == state.rollout
     return replace(
         state,
         phase=Phase.REMOVED,
         step="",
         promoted=None,
-        previous=None if state.returning else state.previous if keep else state.promoted,
-        previous_rollout="" if state.returning else state.rollout,
+        **_way_back(state),
         trial=None,
         attempts=0,
         refusal=None,
     )
+
+
+def _way_back(state: ModuleState) -> dict[str, Running | str | None]:
+    """What is remembered of where this change came from; whoever has come back has nowhere further to go."""
+    if state.returning:
+        return {"previous": None, "previous_rollout": "", "previous_scope": ""}
+    again = (state.previous_rollout, state.previous_scope) == (state.rollout, state.scope)
+    return {
+        "previous": state.previous if again else state.promoted,
+        "previous_rollout": state.rollout,
+        "previous_scope": state.scope,
+    }
 
 
 def roll_back(state: ModuleState, refusal: Refusal) -> ModuleState:

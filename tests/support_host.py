@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,8 +36,11 @@ TINY = (Path(__file__).parent / "fixtures_modules" / "tiny.py").read_bytes()
 class Signers:
     """Everybody who signs: one operator with every role, activation, and the TUF roles."""
 
-    def __init__(self, module: str = "tiny") -> None:
+    def __init__(
+        self, module: str = "tiny", clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
         self.module = module
+        self.clock = clock
         self.operator = SigningKey.generate()
         self.activation = SigningKey.generate()
         names = ("root", "targets", "snapshot", "timestamp", signing.delegated_role(module))
@@ -53,7 +56,7 @@ class Signers:
     def times(self) -> dict[str, Any]:
         """The fields that every command has."""
         self._numbers += 1
-        now = datetime.now(UTC)
+        now = self.clock()
         return {
             "id": f"c{self._numbers}", "workspace": WORKSPACE, "issued_at": now, "expires_at": now + timedelta(hours=1)
         }  # fmt: skip
@@ -68,7 +71,7 @@ class Signers:
 
     def rollout(self, target: Running | None, rollout: str = "r1", **changes: Any) -> RolloutStart:
         """The command that allows `target`, or its absence."""
-        now = datetime.now(UTC)
+        now = self.clock()
         scope = Scope(
             workspace=WORKSPACE,
             module=self.module,
@@ -110,7 +113,7 @@ class Signers:
         """A host's document; its generation is that of its newest entry."""
         fields: dict[str, Any] = {
             "host": name, "workspace": WORKSPACE, "generation": max((e.generation for e in entries), default=1),
-            "modules": entries, "issued_at": datetime.now(UTC), "record": signed_record,
+            "modules": entries, "issued_at": self.clock(), "record": signed_record,
         }  # fmt: skip
         return DesiredState(**fields | changes)
 

@@ -137,11 +137,12 @@ async def test_absent_removes_the_module_and_what_it_left_in_the_kernel(world: W
     target = await world.release("1.0", policy=1)
     async with world.agent():
         await world.reached(await world.desire(target))
-        found = await world.reached(await world.desire(None, expected=target, rollout="r2"))
+        scope = world.signers.command(world.signers.rollout(None, "r2"))
+        found = await world.reached(await world.desire(None, expected=target, rollout="r2", scope=scope))
         assert (found.phase, found.promoted) == (Phase.REMOVED, None)
         assert kernel(world) is None
         assert module_pid(world) == 0
-        back = await world.reached(await world.desire(target, returning=True, rollout="r2"))
+        back = await world.reached(await world.desire(target, returning=True, rollout="r2", scope=scope))
         assert (back.phase, back.promoted) == (Phase.PROMOTED, target)
         assert kernel(world) == {"policy": target.policy}
 

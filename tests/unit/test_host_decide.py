@@ -16,11 +16,21 @@ from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.desired import DesiredModule, DesiredState, Running
 from loopback.contracts.envelope import Envelope
 from loopback.contracts.keys import SigningKey
-from loopback.contracts.messages import HostPut, Policy, Selector, WorkspacePut
+from loopback.contracts.messages import HostPut, Policy, RolloutAbort, Selector, WorkspacePut
 from loopback.contracts.reports import Phase
 from loopback.contracts.trustdoc import Operator, Role, Trust, TrustDocument
 from loopback.host import transitions
-from loopback.host.decide import Accepted, Answer, Identity, StepName, Undo, check_desired, check_policy, plan
+from loopback.host.decide import (
+    WAY_BACK,
+    Accepted,
+    Answer,
+    Identity,
+    StepName,
+    Undo,
+    check_desired,
+    check_policy,
+    plan,
+)
 from loopback.host.state import HostState, ModuleState, Quarantined
 
 OLD = Running(version="1.0", package="a" * 64, policy="b" * 64, policy_serial=1)
@@ -32,7 +42,8 @@ class Host:
     """A host that promoted OLD during rollout r0, and everybody who signs for it."""
 
     def __init__(self) -> None:
-        self.signers = Signers()
+        # Signed and judged by one clock: a run that takes minutes changes nothing.
+        self.signers = Signers(clock=lambda: NOW)
         self.key = SigningKey.generate()
         self.record = self.signers.record("h1", self.key.public.text, role="web")
         self.state = HostState(incarnation="i1", generation=4)
@@ -295,12 +306,90 @@ def test_11_where_nothing_ran_before_the_way_back_is_absence(host: Host) -> None
     assert host.ask(host.entry(running=None, expected=NEW, returning=True)) is Answer.CHANGE
 
 
-def test_11_the_way_back_is_open_when_the_scope_has_ended(host: Host) -> None:
-    host.own = msgspec.structs.replace(
-        host.own, promoted=NEW, previous=OLD, previous_rollout="r1", target=NEW
+def came(host: Host, to: DesiredModule) -> DesiredModule:
+    """Have the host promote this entry; the way back from there, by the same command."""
+    came_from = host.own.promoted
+    moved = transitions.begin_trial(transitions.accept(host.own, to), 1.0)
+    host.own = transitions.promote(moved)
+    return msgspec.structs.replace(
+        to, running=came_from, expected=to.running, generation=to.generation + 1, returning=True
     )
-    back = host.entry(running=OLD, expected=NEW, returning=True)
+
+
+def abort_of(
+    host: Host, rollout: str = "r1", *, at: datetime = NOW, key: SigningKey | None = None
+) -> Envelope:
+    command = RolloutAbort(**host.signers.times() | {"issued_at": at}, rollout=rollout)
+    return host.signers.command(command, *([key] if key else []))
+
+
+END = NOW + timedelta(hours=1)  # of the scope
+
+
+def test_11_the_way_back_closes_a_day_after_the_scopes_end(host: Host) -> None:
+    back = came(host, host.entry())
+    assert host.ask(back, now=END + WAY_BACK - timedelta(seconds=1)) is Answer.CHANGE
+    assert host.ask(back, now=END + WAY_BACK) == Code.SCOPE_EXPIRED
+    host.state = msgspec.structs.replace(host.state, clock_floor=END + WAY_BACK)
+    assert host.ask(back, now=NOW) == Code.SCOPE_EXPIRED, "a clock set back opens nothing"
+
+
+def test_11_activation_alone_cannot_take_a_first_installation_away_later(host: Host) -> None:
+    host.own = ModuleState(module="tiny")
+    back = came(host, host.entry(expected=None))
+    assert back.running is None
+    assert host.ask(back, now=NOW + timedelta(days=60)) == Code.SCOPE_EXPIRED
+
+
+def test_11_a_way_back_in_hand_is_gone_to_the_end(host: Host) -> None:
+    back = came(host, host.entry())
+    host.own = transitions.accept(host.own, back)
     assert host.ask(back, now=NOW + timedelta(days=30)) is Answer.CHANGE
+
+
+def test_11_an_operators_abort_opens_the_way_back_for_a_day(host: Host) -> None:
+    back = came(host, host.entry())
+    late = NOW + timedelta(days=30)
+    aborted = msgspec.structs.replace(back, abort=abort_of(host, at=late))
+    assert host.ask(aborted, now=late + timedelta(hours=23)) is Answer.CHANGE
+    assert host.ask(aborted, now=late + WAY_BACK) == Code.SCOPE_EXPIRED
+
+
+def test_11_where_the_scope_says_halt_only_an_operators_abort_leads_back(host: Host) -> None:
+    back = came(host, host.entry(start={"scope": {"on_failure": "halt"}}))
+    assert host.ask(back) == Code.SCOPE_VIOLATION
+
+    def with_abort(signed: Envelope) -> Answer | Code:
+        return host.ask(msgspec.structs.replace(back, abort=signed))
+
+    assert with_abort(abort_of(host)) is Answer.CHANGE
+    assert with_abort(abort_of(host, "r2")) == Code.SCOPE_VIOLATION, "another rollout's abort"
+    assert with_abort(abort_of(host, key=host.signers.activation)) == Code.SIGNATURE_UNKNOWN_KEY
+    assert with_abort(host.record) == Code.SCOPE_VIOLATION
+    elsewhere = RolloutAbort(**host.signers.times() | {"workspace": "lab"}, rollout="r1")
+    assert with_abort(host.signers.command(elsewhere)) == Code.SCOPE_VIOLATION
+
+
+def test_11_an_abort_needs_a_releaser(host: Host) -> None:
+    back = came(host, host.entry(start={"scope": {"on_failure": "halt"}}))
+    author, ada = SigningKey.generate(), host.signers.operator
+    operators = (
+        Operator("ada", ada.public.text, {"*": (Role.ADMIN,)}),
+        Operator("ben", author.public.text, {WORKSPACE: (Role.AUTHOR, Role.APPROVER)}),
+    )
+    host.signers.trust = Trust(
+        TrustDocument(version=2, operators=operators, services=host.signers.document.services)
+    )
+    assert host.ask(msgspec.structs.replace(back, abort=abort_of(host))) is Answer.CHANGE
+    signed = abort_of(host, key=author)
+    assert host.ask(msgspec.structs.replace(back, abort=signed)) == Code.COMMAND_UNAUTHORISED
+
+
+def test_11_the_way_back_is_that_of_the_very_command_that_led_here(host: Host) -> None:
+    back = came(host, host.entry())
+    longer = host.signers.rollout(NEW, scope={"not_after": NOW + timedelta(days=90)})
+    other = msgspec.structs.replace(back, scope=host.signers.command(longer))
+    assert host.ask(other) == Code.SCOPE_VIOLATION
 
 
 # 12–17
