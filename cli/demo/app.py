@@ -102,8 +102,7 @@ def demo_command(
         finished = False
         try:
             network.build(HOSTS)
-            if not refuses:
-                network.mount_bpf(out / "bpf")
+            network.mount_bpf(out / "bpf")
             # From here on this process lives in the control namespace, and so does all that it starts there.
             network.move_this_process(network.CONTROL)
             story, finished = asyncio.run(_play(out, show, refuses))

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -22,6 +23,7 @@ WORKSPACE: Final = "demo"
 HOSTS: Final = ("web-1", "web-2", "web-3", "web-4")
 SWAPS: Final = 6  # rollouts of the other policy while the flood runs; each is a commit on every host
 CRASH_PACKETS: Final = 20_000
+EXITS: Final = {"DONE": 0, "ROLLED_BACK": 3, "CANCELED": 6}  # of 'loopback rollout start --watch'
 ROUNDS: Final = 5  # times that each target is tried
 COUNTERS_S: Final = 6.0  # agents send changed counters at most every five seconds
 TCP = (policies.ALLOWED_TCP, policies.DENIED_TCP)
@@ -70,13 +72,10 @@ class Story:
         """All acts."""
         await self.join()
         await self.publish("1.0.0")
-        await self.first_rollout()
         if self.kernel_refuses:
-            self.show.bad(
-                f"degraded: kernel {self.kernel_refuses}. The agents stay up and say so; nothing is enforced, so the acts "
-                "that need packets to be dropped are left out. Run this where root may load eBPF programs to see them."
-            )
+            await self.refused_by_the_kernel()
         else:
+            await self.first_rollout()
             await self.traffic()
             await self.swap()
             await self.broken_release()
@@ -165,13 +164,36 @@ class Story:
     async def first_rollout(self) -> None:
         """Release 1.0.0 with a policy: one canary and then the rest."""
         self.show.act("b", "firewall 1.0.0 with a policy is rolled out: one canary, then the rest")
-        await self.rollout(
-            "fw-1", "1.0.0", "even", policies.even(), expect=3 if self.kernel_refuses else 0, verbose=True
+        await self.rollout("fw-1", "1.0.0", "even", policies.even(), expect="DONE", verbose=True)
+        self.check(
+            await self._enforcing("1.0.0"), "all four hosts say that their kernel enforces firewall 1.0.0"
         )
-        if not self.kernel_refuses:
-            self.check(
-                await self._enforcing("1.0.0"), "all four hosts say that their kernel enforces firewall 1.0.0"
-            )
+
+    async def refused_by_the_kernel(self) -> None:
+        """(b) where eBPF is not permitted: eligibility says no, and a host that tries all the same says why it cannot."""
+        self.show.act("b", "firewall 1.0.0 is rolled out on a machine that does not permit eBPF")
+        await self.rollout("fw-1", "1.0.0", "even", policies.even(), expect="CANCELED", verbose=True)
+        self.show.say(
+            "a release that asks for no kernel feature shows what a host says when it tries all the same"
+        )
+        manifest = (self.source / "module.toml").read_text()
+        asking_nothing = re.sub(r"(?m)^features = .*$", "features = []", manifest)
+        self.source = policies.write(self.stage.out / "undemanding", "module.toml", asking_nothing).parent
+        await self.publish("1.0.1")
+        shown = await self.rollout(
+            "fw-2", "1.0.1", "even", policies.even(), expect="ROLLED_BACK", verbose=True
+        )
+        canary = shown["waves"][0]["hosts"][0]
+
+        said = shown["host_states"][canary]["failure"] or {}
+        self.check(
+            said.get("code") == "kernel.unsupported" and await self._all_joined(),
+            f"the agents stay up; {canary} reported: degraded: {str(said.get('reason')).splitlines()[0]} [{said.get('code')}]",
+        )
+        self.show.bad(
+            f"degraded: kernel {self.kernel_refuses}. Nothing is enforced here, so the acts in which packets are dropped are "
+            "left out. Run this where root may load eBPF programs to see them."
+        )
 
     async def rollout(
         self,
@@ -180,7 +202,7 @@ class Story:
         policy: str,
         text: str,
         *,
-        expect: int,
+        expect: str,
         verbose: bool = False,
         trial: str = "2s",
     ) -> dict[str, Any]:
@@ -198,11 +220,11 @@ class Story:
         if verbose:
             line = RolloutLine(name, "firewall", version, shown["state"], waves, shown.get("trace_id", ""))
             self.summary.rollouts.append(line)
-        ended = {0: "DONE", 3: "ROLLED_BACK"}[expect]
-        if verbose or shown["state"] != ended:
+        if verbose or shown["state"] != expect:
             told = "; ".join(f"{w.name} {w.state} ({len(w.hosts)})" for w in waves)
             self.check(
-                shown["state"] == ended and code == expect, f"rollout {name}: {shown['state']}, waves: {told}"
+                shown["state"] == expect and code == EXITS[expect],
+                f"rollout {name}: {shown['state']}, waves: {told}",
             )
         return shown
 
@@ -309,7 +331,7 @@ class Story:
         commits = 0
         for turn in range(SWAPS):
             name, text = ("odd", policies.odd()) if turn % 2 == 0 else ("even", policies.even())
-            await self.rollout(f"swap-{turn + 1}", "1.0.0", name, text, expect=0, trial="1s")
+            await self.rollout(f"swap-{turn + 1}", "1.0.0", name, text, expect="DONE", trial="1s")
             fleet = await self._fleet()
             commits += sum(1 for host in HOSTS if _firewall(fleet[host]).get("rollout") == f"swap-{turn + 1}")
             self.show.say(f"policy '{name}' committed on {commits - turn * len(HOSTS)} hosts under the flood")
@@ -330,7 +352,9 @@ class Story:
         policies.write(overlay / "lib" / "loopback" / "modules" / "firewall", "__main__.py", BROKEN_MODULE)
         await self.publish("1.1.0", overlay)
         probing = asyncio.create_task(self._denied_until_cancelled())
-        shown = await self.rollout("fw-2", "1.1.0", "even", policies.even(), expect=3, verbose=True)
+        shown = await self.rollout(
+            "fw-2", "1.1.0", "even", policies.even(), expect="ROLLED_BACK", verbose=True
+        )
         probing.cancel()
         leaked, tried = await probing
         self.summary.traffic.denied_leaked += leaked
@@ -419,23 +443,25 @@ class Story:
         self.show.act("·", "The fleet")
         _, out = await self.stage.loopback("hosts", "--workspace", WORKSPACE)
         self.show.output(out)
-        first = self.summary.rollouts[0]
+        # Without eBPF the first rollout reaches no host; the second reaches the canary.
+        first = self.summary.rollouts[1 if self.kernel_refuses else 0]
+        expected = {host for wave in first.waves if wave.state != "PENDING" for host in wave.hosts}
 
         async def whole() -> bool:
             self._trace(first.trace_id)
             trace = self.summary.trace
-            return len(trace.services) >= 4 and set(trace.hosts) >= set(HOSTS)
+            return len(trace.services) >= 4 and set(trace.hosts) >= expected
 
         try:
             await self.stage.until("spans of all services and hosts", whole, timeout=20)
         finally:
             trace = self.summary.trace
-            self.show.act("·", f"The first rollout as one trace, {first.trace_id}")
+            self.show.act("·", f"Rollout {first.id} as one trace, {first.trace_id}")
             self.show.output(self.receiver.render_tree(first.trace_id))
             spans = [span._asdict() for span in self.receiver.spans if span.trace_id == first.trace_id]
             (self.stage.out / "trace.json").write_text(json.dumps(spans, indent=1, default=str) + "\n")
             self.check(
-                len(trace.services) >= 4 and set(trace.hosts) >= set(HOSTS),
+                len(trace.services) >= 4 and set(trace.hosts) >= expected,
                 f"{trace.spans} spans of {', '.join(trace.services)} and of {len(trace.hosts)} hosts",
             )
 

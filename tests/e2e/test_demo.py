@@ -112,5 +112,6 @@ def test_without_permission_for_ebpf_the_same_demo_says_degraded_and_the_agents_
     assert summary["enforcement"].startswith("degraded: kernel")
     assert {host["id"] for host in summary["hosts"]} == HOSTS
     assert not any(host["enforcing"] for host in summary["hosts"])
-    assert summary["rollouts"][0]["state"] == "ROLLED_BACK"
+    assert [rollout["state"] for rollout in summary["rollouts"]] == ["CANCELED", "ROLLED_BACK"]
+    assert "eligibility.kernel-feature" in told
     assert summary["residue"] == []
