@@ -218,7 +218,7 @@ def render(spans: Sequence[SpanView]) -> str:
             return
         drawn.add(span.span_id)
         lost = "? " if span.parent and span.parent not in known else ""
-        error = f"  ✗ {span.error}" if span.error else ""
+        error = f"  ✗ {span.error.splitlines()[0]}" if span.error else ""
         lines.append(
             f"{prefix}{branch}{lost}{span.name}  [{span.service}]  {_ms(span.end - span.start)}"
             f"  +{_ms(span.start - began)}{error}"
