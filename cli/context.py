@@ -8,7 +8,7 @@ import os
 import ssl
 import tomllib
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
@@ -39,6 +39,7 @@ RESULT_TIMEOUT_S: Final = (
 )
 COMMAND_VALIDITY: Final = timedelta(hours=1)
 BLOBS_IN_FLIGHT: Final = 8
+FETCH_S: Final = 5.0  # one wait for messages; a rollout that soaks says nothing for much longer
 
 _home: ContextVar[Path | None] = ContextVar("loopback_home", default=None)
 
@@ -221,7 +222,7 @@ class Session:
 
     async def follow(
         self, stream: str, filters: Sequence[str], *, last: bool = False, forever: bool = True
-    ) -> AsyncIterator[Message]:
+    ) -> AsyncGenerator[Message]:
         """What is stored, oldest first, and then, with `forever`, what comes."""
         try:
             subscription = await self.js.pull_subscribe(
@@ -248,10 +249,16 @@ class Session:
         try:
             while forever or pending > 0:
                 try:
-                    batch = await subscription.fetch(min(500, pending) if pending > 0 else 100, timeout=5)
-                except nats.errors.TimeoutError:
-                    if not forever:
-                        return
+                    batch = await subscription.fetch(
+                        min(500, pending) if pending > 0 else 100, timeout=FETCH_S
+                    )
+                except TimeoutError:  # nats-py raises its own, which is a subclass, or this one
+                    if pending > 0:
+                        raise Refused(
+                            Code.COMMAND_UNKNOWN,
+                            f"the bus holds {pending} more messages of {stream}, but sent none for {FETCH_S:.0f} s",
+                            "check that 'loopback up' runs, and repeat the command",
+                        ) from None
                     continue
                 for message in batch:
                     pending = message.metadata.num_pending if not forever else 0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import aclosing, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
@@ -393,8 +393,7 @@ async def _watch(session: context.Session, workspace: str, name: str, json: bool
     )
     recent: list[str] = []
     # Closed here, before the connection is: a generator that is merely dropped would try to unsubscribe later.
-    following = cast(AsyncGenerator[context.Message, None], session.follow(stream, filters))
-    async with aclosing(following) as messages:
+    async with aclosing(session.follow(stream, filters)) as messages:
         with screen as display:
             async for message in messages:
                 link = fold(state, message.data)
