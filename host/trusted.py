@@ -56,8 +56,10 @@ class HostTrust:
                 self.trust = await asyncio.to_thread(self._verified, load)
                 self.problem = None
             except Refused as refused:
+                # Before the first connection there is nothing to load, which is no news.
+                first = load == self.repository.load and self.trust is None
                 if self.problem != refused.refusal:
-                    log.warning("trust: %s", refused)
+                    log.log(logging.DEBUG if first else logging.WARNING, "trust: %s", refused)
                 self.problem = refused.refusal
 
     def _verified(self, load: Callable[[], None]) -> Trust:
