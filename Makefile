@@ -1,5 +1,5 @@
-# The five commands of the README. Everything runs from .venv, which `setup` makes.
-.PHONY: help setup demo test lint bench lock clean
+# The README's commands. Everything runs from .venv, which `setup` makes.
+.PHONY: help setup demo test lint lock clean
 PY := .venv/bin/python
 
 help:            ## these lines
@@ -18,9 +18,6 @@ lint:            ## ruff, mypy, import rules
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
-bench:           ## the benchmarks
-	@deploy/setup.sh test
-	@$(PY) -m bench
 lock:            ## renew requirements/*.txt from pyproject.toml
 	@.venv/bin/uv pip compile -q --upgrade --generate-hashes --no-header --no-annotate --python-version 3.11 \
 		--extra services --extra host --extra cli --extra dev pyproject.toml -o requirements/lock.txt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -55,7 +56,7 @@ async def settled(nc: Client) -> None:
     await nc.flush()
 
 
-class Place:
+class Place(ABC):
     """A home with every credential, and a broker with every stream. `bus(identity)` connects, and is closed in the end."""
 
     def __init__(self, home: Path) -> None:
@@ -63,13 +64,13 @@ class Place:
         self.url = ""
         self._stack = AsyncExitStack()
 
+    @abstractmethod
     async def start(self) -> None:
         """Start the broker; again after `kill`, on the same address."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def kill(self) -> None:
         """SIGKILL to the broker."""
-        raise NotImplementedError
 
     def settings(self, identity: str, **changes: object) -> Settings:
         """How a service or person of this name connects."""

@@ -40,7 +40,10 @@ def _only_one() -> Iterator[None]:
         yield
 
 
-async def _play(out: Path, show: Timeline, kernel_refuses: str) -> tuple[Story, bool]:
+async def _play(
+    out: Path, show: Timeline, kernel_refuses: str, before: set[str]
+) -> tuple[Story, bool, set[str]]:
+    """The story, whether it was played to its end, and the names of what it put into the kernel."""
     async with OtlpReceiver() as receiver:
         environment = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
@@ -57,19 +60,23 @@ async def _play(out: Path, show: Timeline, kernel_refuses: str) -> tuple[Story, 
         except Refused as refused:
             show.bad(f"{refused.reason} [{refused.code}] {refused.next_step}")
         finally:
+            made = {network.name_of(found) for found in network.kernel_objects() - before}
             await stage.stop()
-    return story, finished
+    return story, finished, made
 
 
-def _residue(before: set[str], bpf: Path) -> list[str]:
-    """What the demo left in the kernel, after giving it time to free what nobody refers to."""
+def _residue(before: set[str], made: set[str], bpf: Path) -> list[str]:
+    """What the demo left in the kernel, after giving it time to free what nobody refers to.
+
+    Other software may load programs meanwhile, so only objects named as the demo's own were count.
+    """
     deadline = time.monotonic() + VANISH_S
     while True:
         left = [
             *network.namespaces(),
             *network.pins(bpf),
             *([f"mount {bpf}"] if os.path.ismount(bpf) else []),
-            *sorted(network.kernel_objects() - before),
+            *sorted(o for o in network.kernel_objects() - before if network.name_of(o) in made),
         ]
         if not left or time.monotonic() > deadline:
             return left
@@ -100,14 +107,15 @@ def demo_command(
         before = network.kernel_objects()
         story: Story | None = None
         finished = False
+        made: set[str] = set()
         try:
             network.build(HOSTS)
             network.mount_bpf(out / "bpf")
             # From here on this process lives in the control namespace, and so does all that it starts there.
             network.move_this_process(network.CONTROL)
-            story, finished = asyncio.run(_play(out, show, refuses))
+            story, finished, made = asyncio.run(_play(out, show, refuses, before))
         finally:
-            residue = _clean(before, out)
+            residue = _clean(before, made, out)
         assert story is not None  # an error above has left already
         summary = story.summary
         summary.residue = residue
@@ -126,10 +134,10 @@ def demo_command(
     sys.exit(0 if held else 1)
 
 
-def _clean(before: set[str], out: Path) -> list[str]:
+def _clean(before: set[str], made: set[str], out: Path) -> list[str]:
     network.remove()
     network.unmount_bpf(out / "bpf")
-    return _residue(before, out / "bpf")
+    return _residue(before, made, out / "bpf")
 
 
 def _shown(path: Path) -> str:

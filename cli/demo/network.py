@@ -146,3 +146,8 @@ def kernel_objects() -> set[str]:
                 name = words[words.index("name") + 1] if "name" in words else (words[0] if words else "")
                 found.add(f"{kind}:{head[0]}:{name}")
     return found
+
+
+def name_of(kernel_object: str) -> str:
+    """The name in one entry of `kernel_objects`."""
+    return kernel_object.split(":", 2)[2]
