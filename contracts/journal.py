@@ -20,7 +20,7 @@ from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.decoding import Decoder
 from loopback.contracts.desired import Running
 from loopback.contracts.envelope import Envelope, payload_of
-from loopback.contracts.messages import RolloutStart, Verdict, decode_command
+from loopback.contracts.messages import RolloutAbort, RolloutStart, Verdict, decode_command
 from loopback.contracts.reports import Phase
 
 Health = Literal["ok", "degraded", "failed", "unknown"]
@@ -207,10 +207,26 @@ class Halted(Event, frozen=True, tag="halted"):
 
 
 class RollingBack(Event, frozen=True, tag="rolling-back"):
-    """Every host that was assigned goes back to what it came from."""
+    """Every host that was assigned goes back to what it came from.
+
+    `envelope` is the signed RolloutAbort, where an operator asked for it; hosts ask to see it.
+    """
 
     reason: str
     operators: tuple[str, ...] = ()
+    envelope: Envelope | None = None
+
+    def asked_at(self) -> datetime | None:
+        """When an operator signed that hosts return; None where the rollout decided so itself. Raises like `Created.start`."""
+        if self.envelope is None:
+            return None
+        try:
+            command = decode_command(payload_of(self.envelope))
+        except msgspec.MsgspecError as error:
+            raise Refused(Code.COMMAND_MALFORMED, f"the rollout's abort is malformed: {error}") from None
+        if not isinstance(command, RolloutAbort):
+            raise Refused(Code.COMMAND_MALFORMED, "the rollout's abort is not a rollout.abort")
+        return command.issued_at
 
 
 class Done(Event, frozen=True, tag="done"):

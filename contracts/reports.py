@@ -122,6 +122,8 @@ AnyReport = Inventory | Status | Heartbeat
 #: says more than this would have its view, and with it its share of telemetry's time, wait for ever.
 MAX_BYTES: Final = {"inventory": 16 * 1024, "status": 160 * 1024, "heartbeat": 4 * 1024}
 
+MAX_INCARNATION: Final = 200  # characters; every desired state repeats it
+
 _DECODER: Decoder[AnyReport] = Decoder(msgspec.json.Decoder(AnyReport))
 
 
@@ -192,6 +194,11 @@ def open_report(data: bytes, subject: str, key_of: Callable[[str, str], PublicKe
             Code.REPORT_IMPERSONATION,
             f"{host!r} in {workspace!r} sent a report for {report.host!r} in {report.workspace!r}",
             "look at that host: its agent is misconfigured or stolen; the report was dropped",
+        )
+    if len(report.incarnation) > MAX_INCARNATION:
+        raise Refused(
+            Code.REPORT_MALFORMED,
+            f"{host!r} names an incarnation of {len(report.incarnation)} characters; {MAX_INCARNATION} are allowed",
         )
     if type(report).__name__.lower() != kind:
         raise Refused(Code.REPORT_MALFORMED, f"{host!r} sent another kind of report on its {kind!r} subject")

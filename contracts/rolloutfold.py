@@ -10,13 +10,16 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Final
 
+import msgspec
+
 from loopback.contracts import journal
-from loopback.contracts.codes import Code, Refusal
+from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.desired import Running
 from loopback.contracts.journal import Observation
 from loopback.contracts.reports import Phase
 from loopback.contracts.rolloutstate import (
     FINAL,
+    MAX_REBIRTHS,
     Entry,
     HostProgress,
     Rollout,
@@ -38,14 +41,17 @@ def fold(workspace: Workspace, data: bytes) -> journal.Link | None:
     """Take in the next link; None for one that was already there or that does not continue its chain.
 
     Raises msgspec.ValidationError for bytes that are no link. A rollout whose chain is broken stays as it was and is
-    marked `broken`: nobody decides on it any more.
+    marked `broken`: nobody decides on it any more. So is one with a link that speaks of what there is not.
     """
     link = journal.decode(data)
     rollout = workspace.rollouts.get(link.rollout)
     if rollout is None:
         if not isinstance(link.event, journal.Created):
             return None
-        rollout = workspace.rollouts[link.rollout] = Rollout(link, link.event)
+        try:
+            rollout = workspace.rollouts[link.rollout] = Rollout(link, link.event)
+        except Refused as refused:
+            raise msgspec.ValidationError(refused.reason) from None
     if link.seq <= rollout.seq or rollout.broken:
         return None
     if link.seq != rollout.seq + 1 or link.prev != rollout.head or link.workspace != workspace.name:
@@ -55,9 +61,14 @@ def fold(workspace: Workspace, data: bytes) -> journal.Link | None:
     rollout.seq = link.seq
     rollout.head = journal.digest(data)
     rollout.updated_at = link.at
-    _apply(workspace, rollout, link.event, link.at)
-    while rollout.deadlines and _stale(rollout, rollout.deadlines[0]):
-        rollout.deadlines.popleft()
+    try:
+        _apply(workspace, rollout, link.event, link.at)
+        while rollout.deadlines and _stale(rollout, rollout.deadlines[0]):
+            rollout.deadlines.popleft()
+    except Exception as error:  # whatever one link does, the other rollouts of the workspace go on
+        rollout.broken = f"link {link.seq} cannot follow: {type(error).__name__}: {error}"
+        workspace.attention.pop(rollout.id, None)
+        return None
     if rollout.state in FINAL and rollout.ended_at is None:
         rollout.ended_at = link.at
     if rollout.attention:
@@ -130,8 +141,11 @@ def _apply(workspace: Workspace, rollout: Rollout, event: journal.AnyEvent, at: 
             rollout.reason, rollout.by = reason, by
         case journal.Halted(refusal=refusal):
             rollout.state, rollout.refusal, rollout.reason = State.HALTED, refusal, refusal.reason
-        case journal.RollingBack(reason=reason, operators=by):
+        case journal.RollingBack(reason=reason, operators=by, envelope=abort):
             rollout.state, rollout.reason, rollout.by = State.ROLLING_BACK, reason, by
+            rollout.abort = abort
+            if (asked := event.asked_at()) is not None:
+                rollout.return_until = max(rollout.return_until, asked)
             rollout.again.clear()
             rollout.returns = tuple(
                 h for h, p in rollout.hosts.items() if p.generation and workspace.owns(rollout, h)
@@ -142,6 +156,11 @@ def _apply(workspace: Workspace, rollout: Rollout, event: journal.AnyEvent, at: 
         case journal.RolledBack() | journal.RollbackIncomplete():
             complete = isinstance(event, journal.RolledBack)
             rollout.state = State.ROLLED_BACK if complete else State.ROLLBACK_INCOMPLETE
+            rollout.to_return.clear()
+            rollout.again.clear()
+            if isinstance(event, journal.RollbackIncomplete):
+                for host in event.hosts:
+                    rollout.move(rollout.hosts[host], Standing.STRANDED, at)
             for wave in rollout.waves:
                 if wave.state not in (WaveState.PENDING, WaveState.FAILED):
                     wave.state = WaveState.ROLLED_BACK
@@ -208,7 +227,7 @@ def _observe(workspace: Workspace, rollout: Rollout, seen: Observation, at: date
     module = ledger.module(rollout.created.module)
     reborn = bool(module.incarnation and seen.incarnation and seen.incarnation != module.incarnation)
     if reborn:
-        ledger.past.add(module.incarnation)
+        ledger.retire(module.incarnation)
     ledger.incarnation = module.incarnation = seen.incarnation or module.incarnation
     module.seq = seen.seq if reborn else max(module.seq, seen.seq)
     module.promoted = seen.promoted
@@ -216,17 +235,37 @@ def _observe(workspace: Workspace, rollout: Rollout, seen: Observation, at: date
     if progress is None:
         return
     progress.observations += 1
+    progress.rebirths += reborn
     progress.phase, progress.promoted, progress.health = seen.phase, seen.promoted, seen.health
     progress.refusal, progress.enforcing = seen.refusal, seen.enforcing
     progress.incarnation = seen.incarnation or progress.incarnation
     if not workspace.owns(rollout, seen.host):
         return
-    if reborn and progress.standing in (Standing.ASSIGNED, Standing.PROMOTED):
+    if reborn and progress.rebirths > MAX_REBIRTHS:
+        _give_up(rollout, progress, at)
+    elif reborn and progress.standing in (Standing.ASSIGNED, Standing.PROMOTED):
         # An agent that lost its disk starts from nothing: what it was told names an incarnation that is gone.
         if rollout.state in (State.RUNNING, State.PAUSED, State.DONE):
             _once_more(rollout, progress, at)
     elif seen.generation == progress.generation:
         _answer(rollout, progress, seen, at)
+
+
+def _give_up(rollout: Rollout, progress: HostProgress, at: datetime) -> None:
+    """A host that loses its disk again and again keeps nothing that it is told."""
+    before = progress.standing
+    if (
+        before in (Standing.FAILED, Standing.RETURNED, Standing.STRANDED)
+        or progress.host in rollout.to_return
+    ):
+        return
+    rollout.move(progress, Standing.STRANDED if before is Standing.RETURNING else Standing.FAILED, at)
+    _unqueue(rollout, progress)
+    progress.failure = Refusal(
+        Code.HOST_INCARNATION,
+        f"its agent came back {progress.rebirths} times without what it had stored",
+        "find out what empties its state folder; then start a new rollout",
+    )
 
 
 def _answer(rollout: Rollout, progress: HostProgress, seen: Observation, at: datetime) -> None:

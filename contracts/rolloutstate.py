@@ -7,7 +7,7 @@ These are the only mutable values in contracts: a fold over a large fleet cannot
 from __future__ import annotations
 
 from collections import Counter, deque
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
@@ -16,6 +16,7 @@ import msgspec
 from loopback.contracts import journal
 from loopback.contracts.codes import Refusal
 from loopback.contracts.desired import Running
+from loopback.contracts.envelope import Envelope
 from loopback.contracts.messages import RolloutStart, Verdict
 from loopback.contracts.reports import Phase
 
@@ -39,6 +40,14 @@ class State(StrEnum):
 FINAL: Final = frozenset({State.DONE, State.ROLLED_BACK, State.ROLLBACK_INCOMPLETE, State.CANCELED})
 #: States in which nobody else may roll the same module out to its hosts.
 HOLDING: Final = frozenset({State.DRAFT, State.READY, State.RUNNING, State.PAUSED, State.ROLLING_BACK})
+
+
+#: Hosts no longer return so long after their scope's end, or after an operator's abort where that is later.
+WAY_BACK: Final = timedelta(hours=24)
+#: So often an agent may come back without its disk in one rollout and be told again; with the next time the host has failed.
+MAX_REBIRTHS: Final = 3
+#: Earlier incarnations of a host that are remembered, so that a late report of one is recognised.
+MAX_PAST: Final = 16
 
 
 class WaveState(StrEnum):
@@ -96,14 +105,14 @@ class ModuleLedger:
 
 
 class HostLedger:
-    """One host over all rollouts of the workspace. `past` are incarnations that another one has followed."""
+    """One host over all rollouts of the workspace. `past` are the last incarnations that another one has followed."""
 
     __slots__ = ("generation", "incarnation", "modules", "past")
 
     def __init__(self) -> None:
         self.generation = 0
         self.incarnation = ""
-        self.past: set[str] = set()
+        self.past: dict[str, None] = {}
         self.modules: dict[str, ModuleLedger] = {}
 
     def module(self, name: str) -> ModuleLedger:
@@ -113,16 +122,23 @@ class HostLedger:
             found = self.modules[name] = ModuleLedger()
         return found
 
+    def retire(self, incarnation: str) -> None:
+        """Another incarnation followed this one."""
+        self.past[incarnation] = None
+        while len(self.past) > MAX_PAST:
+            del self.past[next(iter(self.past))]
+
 
 class HostProgress:
     """One host in one rollout. `origin` is what it had promoted before, `generation` 0 until it is assigned.
 
     `refusal` is what it said last; `failure` why it failed or was inconclusive, kept as evidence after it returned.
+    `rebirths` counts how often it came back as a new incarnation.
     """
 
     __slots__ = (
         "enforcing", "failure", "generation", "health", "host", "incarnation", "observations", "origin", "phase", "promoted",
-        "refusal", "retries", "since", "standing", "wave",
+        "rebirths", "refusal", "retries", "since", "standing", "wave",
     )  # fmt: skip
 
     def __init__(self, host: str, wave: int, since: datetime) -> None:
@@ -134,6 +150,7 @@ class HostProgress:
         self.origin: Running | None = None
         self.retries = 0
         self.observations = 0
+        self.rebirths = 0
         self.phase: Phase | None = None
         self.promoted: Running | None = None
         self.health: journal.Health = "unknown"
@@ -199,6 +216,10 @@ class Rollout:
         self.deadlines: deque[tuple[datetime, str, int]] = deque()
         self.returns: tuple[str, ...] = ()  # whom a rollback takes back
         self.to_return: dict[str, None] = {}  # those of them who were not told yet, in order
+        self.abort: Envelope | None = (
+            None  # the operator's command, where it was one that took the hosts back
+        )
+        self.return_until = self.start.scope.not_after  # WAY_BACK later hosts no longer return
         self.refusal: Refusal | None = None
         self.reason = ""
         self.by: tuple[str, ...] = ()

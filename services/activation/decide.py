@@ -11,6 +11,9 @@ until it has nothing more to say. Rules:
 5. At most `max_unavailable` of the hosts are in flight; one always may be.
 6. An inconclusive answer is neither: where it decides, the rollout pauses for a person.
 7. The way back is fast: it neither soaks nor waits for shares.
+8. A scope that ends while hosts are still to be asked halts the rollout, also where `on_failure` is rollback: nothing
+   failed, and the hosts that have the change keep it. Taking them back is for a person to say.
+9. A rollout that returns when hosts no longer may is over; whoever has not returned is named.
 
 Cost: in proportion to the hosts that change, not to the fleet.
 """
@@ -18,17 +21,29 @@ Cost: in proportion to the hosts that change, not to the fleet.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import chain, islice
 from typing import Final
 
 from loopback.contracts import journal, rolloutplan
 from loopback.contracts.codes import Code, Refusal
-from loopback.contracts.rolloutstate import Rollout, Standing, State, WaveProgress, WaveState, Workspace
+from loopback.contracts.rolloutstate import (
+    WAY_BACK,
+    Rollout,
+    Standing,
+    State,
+    WaveProgress,
+    WaveState,
+    Workspace,
+)
 
 BATCH_HOSTS: Final = (
     900  # hosts per decision: an atomic batch holds 1000 messages, one per host and the links
 )
+VERDICTS_WITHIN: Final = timedelta(
+    hours=1
+)  # after it was created; then nobody is expected to judge it any more
+_JUDGES: Final = ("eligibility", "delivery")
 _MOVING: Final = (WaveState.CANARY, WaveState.ACTIVE, WaveState.SOAKING)
 
 Events = tuple[journal.AnyEvent, ...]
@@ -62,7 +77,7 @@ def due(rollout: Rollout) -> datetime | None:
     """When there is something to decide even if nothing is reported until then; None for never."""
     match rollout.state:
         case State.DRAFT:
-            return rollout.start.scope.not_after
+            return min(rollout.start.scope.not_after, rollout.created_at + VERDICTS_WITHIN)
         case State.READY:
             return rollout.start.scope.not_before
         case State.RUNNING | State.PAUSED | State.ROLLING_BACK:
@@ -70,6 +85,11 @@ def due(rollout: Rollout) -> datetime | None:
             wave = rollout.wave
             if rollout.state is State.RUNNING and wave is not None and _soaked(rollout, wave) and wave.until:
                 times.append(wave.until)
+            if (
+                rollout.state is State.ROLLING_BACK
+                and datetime.max.replace(tzinfo=UTC) - rollout.return_until > WAY_BACK
+            ):
+                times.append(rollout.return_until + WAY_BACK)
             return min(times, default=None)
         case _:
             return None
@@ -94,7 +114,7 @@ def _begin(rollout: Rollout, now: datetime) -> Events:
         )  # fmt: skip
     if not scope.absent:  # taking a module away needs neither a release nor a permission
         if rollout.state is State.DRAFT:
-            return ()
+            return _unjudged(rollout) if now - rollout.created_at >= VERDICTS_WITHIN else ()
         for verdict in rollout.verdicts.values():
             if verdict.refusal is not None:
                 return (journal.RolloutRefused(refusal=verdict.refusal),)
@@ -118,6 +138,15 @@ def _begin(rollout: Rollout, now: datetime) -> Events:
 
 def _refuse(code: Code, reason: str, next_step: str) -> Events:
     return (journal.RolloutRefused(refusal=Refusal(code, reason, next_step)),)
+
+
+def _unjudged(rollout: Rollout) -> Events:
+    silent = " and ".join(service for service in _JUDGES if service not in rollout.verdicts)
+    return _refuse(
+        Code.ROLLOUT_STATE,
+        f"no word from {silent} within {VERDICTS_WITHIN.total_seconds() / 60:g} minutes",
+        f"check that {silent} runs ('loopback up'), then start it again under another id",
+    )
 
 
 def _overdue(rollout: Rollout) -> Refusal:
@@ -258,10 +287,16 @@ def _assign(
 
 
 def _return(workspace: Workspace, rollout: Rollout, now: datetime, recorded: Container[str]) -> Events:
+    if now - rollout.return_until >= WAY_BACK:
+        return _returned(rollout)
     left = list(islice(chain(rollout.to_return, rollout.again), BATCH_HOSTS))
     if left:
         return _assign(workspace, rollout, left, now, recorded, returning=True)
     if rollout.counts[Standing.RETURNING]:
         return ()
+    return _returned(rollout)
+
+
+def _returned(rollout: Rollout) -> Events:
     stranded = tuple(h for h in rollout.returns if rollout.hosts[h].standing is not Standing.RETURNED)
     return (journal.RollbackIncomplete(hosts=stranded),) if stranded else (journal.RolledBack(),)

@@ -113,6 +113,7 @@ def _module(rollout: Rollout, entry: Entry) -> DesiredModule:
         # The way back stays open: a host that was away for days still returns to what it came from.
         not_after=None if entry.returning else entry.not_after,
         returning=entry.returning,
+        abort=rollout.abort if entry.returning else None,
     )
 
 

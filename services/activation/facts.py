@@ -13,7 +13,16 @@ from loopback.contracts import journal
 from loopback.contracts.journal import Observation
 from loopback.contracts.messages import Presence, Verdict
 from loopback.contracts.reports import FINAL, ModuleStatus, Phase, Status
-from loopback.contracts.rolloutstate import HostProgress, ModuleLedger, Standing, State, Workspace
+from loopback.contracts.rolloutstate import (
+    MAX_REBIRTHS,
+    HostProgress,
+    ModuleLedger,
+    Standing,
+    State,
+    WaveState,
+    Workspace,
+)
+from loopback.services.activation import sizes
 
 MAX_OBSERVATIONS: Final = (
     100  # links' worth of one host per assignment: a host that flaps cannot flood the journal
@@ -27,12 +36,13 @@ def observations(workspace: Workspace, status: Status) -> list[tuple[str, Observ
     ledger = workspace.hosts.get(status.host)
     if ledger is None or status.incarnation in ledger.past:
         return []
-    said = {m.module: m for m in status.modules}
+    said = {m.module: sizes.report(m) for m in status.modules if m.module in ledger.modules}
     found = []
     for module, known in ledger.modules.items():
-        if known.entry is None or (status.incarnation == known.incarnation and status.seq <= known.seq):
+        incarnation = status.incarnation or known.incarnation
+        if known.entry is None or (incarnation == known.incarnation and status.seq <= known.seq):
             continue
-        reborn = bool(known.incarnation) and status.incarnation != known.incarnation
+        reborn = bool(known.incarnation) and incarnation != known.incarnation
         rollout = workspace.rollouts[known.entry.rollout]
         progress = rollout.hosts.get(status.host)
         report = said.get(module)
@@ -40,6 +50,8 @@ def observations(workspace: Workspace, status: Status) -> list[tuple[str, Observ
             report = ModuleStatus(module=module, phase=Phase.IDLE, generation=0)
         if report is None or progress is None or rollout.broken:
             continue
+        if reborn and progress.rebirths > MAX_REBIRTHS:
+            continue  # that it fails is journaled; nothing that it says in this rollout matters any more
         if reborn or _news(known, progress, report):
             found.append((rollout.id, _observation(status, report)))
     return found
@@ -83,7 +95,12 @@ def presence(workspace: Workspace, seen: Presence) -> list[str]:
         progress = rollout.hosts.get(seen.host)
         if progress is None or rollout.state not in (State.RUNNING, State.PAUSED):
             continue
-        if seen.lost and progress.standing in (Standing.ASSIGNED, Standing.PROMOTED):
+        # As `rolloutfold` has it: what would change nothing is no news, or it would be news for ever.
+        watched = rollout.waves[progress.wave].state is not WaveState.DONE
+        counts = progress.standing is Standing.ASSIGNED or (
+            progress.standing is Standing.PROMOTED and watched
+        )
+        if seen.lost and counts:
             found.append(rollout_id)
     return found
 
@@ -94,6 +111,7 @@ def verdict(workspace: Workspace, seen: Verdict) -> bool:
     return (
         rollout is not None
         and rollout.state is State.DRAFT
+        and not rollout.broken
         and seen.workspace == workspace.name
         and seen.service not in rollout.verdicts
     )
