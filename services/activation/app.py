@@ -19,7 +19,7 @@ async def start(service: Service) -> None:
     """Wire the service together; its tasks run in the service's own group."""
     bus, group = service.bus, service.group
     fleet = Fleet()
-    workspaces = Workspaces(bus, fleet, service.key, service.tracer, group)
+    workspaces = Workspaces(bus, fleet, service.key, service.tracer, service.meter, group)
     handlers = Handlers(workspaces, service.trust)
     group.create_task(fleet.run(bus), name="fold records")
     group.create_task(workspaces.run(), name="workspaces")

@@ -10,6 +10,7 @@ import msgspec
 
 from loopback.contracts import subjects
 from loopback.contracts.codes import Refused
+from loopback.contracts.decoding import Decoder
 from loopback.contracts.envelope import Envelope, payload_of
 from loopback.contracts.keys import PublicKey
 from loopback.contracts.messages import HostPut, Record, WorkspacePut, decode_command
@@ -18,6 +19,7 @@ from loopback.services.activation.documents import Environment
 
 log = logging.getLogger(__name__)
 FILTERS: Final = (subjects.record("*", "host", "*"), subjects.record("*", "workspace", "*"))
+_RECORDS: Final = Decoder(msgspec.json.Decoder(Record))
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -55,10 +57,10 @@ class Fleet:
             return
         self._sequences[stored.subject] = stored.sequence
         try:
-            record = msgspec.json.decode(stored.data, type=Record)
+            record = _RECORDS.decode(stored.data)
             command = decode_command(payload_of(record.envelope))
             self._take(record, command)
-        except (msgspec.MsgspecError, Refused) as error:
+        except (msgspec.MsgspecError, RecursionError, Refused) as error:
             log.error(
                 "the record on %s (sequence %d) does not read: %s", stored.subject, stored.sequence, error
             )

@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Awaitable
 from typing import Final
 
 import msgspec
+import nats.errors
 
 from loopback.contracts import events, journal, reports, rolloutplan, subjects
 from loopback.contracts.codes import Code, Refused
+from loopback.contracts.decoding import Decoder
 from loopback.contracts.messages import (
     JournalEntry,
     Presence,
@@ -27,10 +30,11 @@ from loopback.contracts.messages import (
 )
 from loopback.contracts.reports import Status
 from loopback.services._runtime import tracing
-from loopback.services._runtime.bus import Outgoing, Stored
+from loopback.services._runtime.bus import Conflict, Forbidden, Outgoing, Stored, Unavailable
 from loopback.services._runtime.commands import Accepted, CommandContext
 from loopback.services._runtime.trustsource import TrustSource
-from loopback.services.activation import checks
+from loopback.services._runtime.wire import ApiError
+from loopback.services.activation import checks, sizes
 from loopback.services.activation.documents import Chain
 from loopback.services.activation.engine import Engine
 from loopback.services.activation.store import MAX_LINK
@@ -41,8 +45,13 @@ REFUSALS_EACH_S: Final = (
     10.0  # one journal entry per host in this time, so that a bad host cannot fill the stream
 )
 REFUSERS: Final = 10_000
+DELIVERIES: Final = (
+    8  # of a report that cannot be worked on, over some 25 s; then it is dropped and journaled
+)
+_TRANSIENT: Final = (Unavailable, Conflict, ApiError, Forbidden, nats.errors.Error, OSError)
 MAX_POLICY_CHUNKS: Final = 8  # a signed policy is at most envelope.MAX_ENVELOPE, six chunks of 128 KiB
-_FACTS: Final = msgspec.json.Decoder(Verdict | Presence)
+_FACTS: Final[Decoder[Verdict | Presence]] = Decoder(msgspec.json.Decoder(Verdict | Presence))
+_RELEASES: Final[Decoder[Release]] = Decoder(msgspec.json.Decoder(Release))
 
 
 class Handlers:
@@ -131,7 +140,7 @@ class Handlers:
         reason = command.reason or "aborted by an operator"
         event: journal.AnyEvent = journal.Canceled(reason=reason, operators=context.operators)
         if any(progress.generation for progress in rollout.hosts.values()):
-            event = journal.RollingBack(reason=reason, operators=context.operators)
+            event = journal.RollingBack(reason=reason, operators=context.operators, envelope=context.envelope)
         return self._next(engine, command.rollout, event, context)
 
     async def _at(self, workspace: str) -> Engine:
@@ -152,7 +161,14 @@ class Handlers:
     async def _release(self, command: RolloutStart) -> Release | None:
         digest = command.scope.packages[command.version]
         found = await self.bus.last(subjects.STREAM_CATALOG, subjects.catalog(command.module, digest))
-        return msgspec.json.decode(found.data, type=Release) if found else None
+        try:
+            return _RELEASES.decode(found.data) if found else None
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise Refused(
+                Code.PACKAGE_UNKNOWN,
+                f"what the catalog has of {command.module} {command.version} does not read: {error}",
+                "publish it again with 'loopback module publish'",
+            ) from None
 
     async def _policy(self, digest: str) -> bytes | None:
         """The stored policy; None where a chunk is missing. Bounded by MAX_POLICY_CHUNKS."""
@@ -173,6 +189,28 @@ class Handlers:
 
     async def status(self, stored: Stored) -> None:
         """A host's status: verified, then handed to its workspace. What does not verify is dropped and journaled."""
+        await self._patiently(stored, self._status(stored))
+
+    async def fact(self, stored: Stored) -> None:
+        """Eligibility's or delivery's verdict, telemetry's presence. The bus's permissions say who may write these."""
+        await self._patiently(stored, self._fact(stored))
+
+    async def _patiently(self, stored: Stored, work: Awaitable[None]) -> None:
+        """Let a message that fails come again, but not for ever: it would take the place of others."""
+        try:
+            await work
+        except _TRANSIENT:
+            raise
+        except Exception as error:
+            if stored.delivered < DELIVERIES:
+                raise
+            log.error("%s (sequence %d) is dropped", stored.subject, stored.sequence, exc_info=error)
+            said = (
+                f"it could not be worked on in {stored.delivered} deliveries: {type(error).__name__}: {error}"
+            )
+            await self._refuse(stored, Refused(Code.ROLLOUT_STATE, said, "see activation's log"))
+
+    async def _status(self, stored: Stored) -> None:
         try:
             workspace, host, _ = reports.sender(stored.subject)
             await self.fleet.caught_up.wait()
@@ -193,20 +231,21 @@ class Handlers:
         with tracing.consume_span(self.tracer, stored, group="activation-status", attributes=about):
             await engine.report(report)
 
-    async def fact(self, stored: Stored) -> None:
-        """Eligibility's or delivery's verdict, telemetry's presence. The bus's permissions say who may write these."""
+    async def _fact(self, stored: Stored) -> None:
         try:
             found = _FACTS.decode(stored.data)
-            parsed = subjects.parse(stored.subject)
-            named = parsed.rest[-1] if parsed.area == "verdict" else parsed.rest[0]
+            workspace, named = _speaker(stored.subject)
             said = found.service if isinstance(found, Verdict) else found.host
-            if (parsed.workspace, named) != (found.workspace, said):
+            if (workspace, named) != (found.workspace, said):
                 raise Refused(
                     Code.REPORT_IMPERSONATION, f"{stored.subject} speaks of {found.workspace}/{said}"
                 )
             engine = await self.workspaces.engine(found.workspace)
-        except (msgspec.MsgspecError, Refused) as error:
+        except (msgspec.MsgspecError, RecursionError, Refused) as error:
             log.error("what is on %s (sequence %d) was dropped: %s", stored.subject, stored.sequence, error)
+            if not isinstance(error, Refused):
+                error = Refused(Code.REPORT_MALFORMED, f"it does not decode: {error}")
+            await self._refuse(stored, error)
             return
         about = {"loopback.rollout.id": found.rollout} if isinstance(found, Verdict) else {}
         with tracing.consume_span(self.tracer, stored, group="activation-facts", attributes=about):
@@ -214,7 +253,7 @@ class Handlers:
 
     async def _refuse(self, stored: Stored, refused: Refused) -> None:
         try:
-            workspace, host, _ = reports.sender(stored.subject)
+            workspace, host = _speaker(stored.subject)
         except Refused:
             log.error("what is on %s was dropped: %s", stored.subject, refused)
             return
@@ -231,7 +270,7 @@ class Handlers:
             service="activation",
             event="refused",
             at=at,
-            refusal=refused.refusal,
+            refusal=sizes.refusal(refused.refusal),
             subject=stored.subject,
             detail={"sequence": str(stored.sequence), "left_out_before": str(count)},
         )
@@ -249,3 +288,9 @@ class Handlers:
                 ),
             )
         )
+
+
+def _speaker(subject: str) -> tuple[str, str]:
+    """The workspace that a message is about, and who speaks in it, or is spoken of. Raises Refused."""
+    parsed = subjects.parse(subject)
+    return parsed.workspace, parsed.rest[-1] if parsed.area == "verdict" else parsed.rest[0]

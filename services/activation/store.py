@@ -17,9 +17,11 @@ from loopback.contracts import subjects
 from loopback.contracts.rolloutfold import fold
 from loopback.contracts.rolloutstate import Workspace
 from loopback.services._runtime.bus import Bus, Conflict, Outgoing, Stored, StreamReplaced
+from loopback.services._runtime.wire import ApiError
 from loopback.services.activation.documents import Draft
 
 log = logging.getLogger(__name__)
+AGAIN_S: Final = 1.0  # after the broker's API refused to let the stream be read
 MAX_LINK: Final = 900 * 1024  # bytes; NATS's default max_payload is 1 MiB, headers included
 
 
@@ -48,16 +50,21 @@ class Store:
             except StreamReplaced as replaced:
                 # The hosts' own generations tell them not to follow an older plan; here it is said loudly.
                 log.error("workspace %s: %s; its rollouts are folded anew", self.workspace, replaced)
-                self.caught_up.clear()
-                self.state = Workspace(self.workspace)
-                self.revision = 0
+            except ApiError as error:
+                if self.bus.nc.is_closed:
+                    raise
+                log.error("workspace %s: %s; its rollouts are folded anew", self.workspace, error)
+                await asyncio.sleep(AGAIN_S)
+            self.caught_up.clear()
+            self.state = Workspace(self.workspace)
+            self.revision = 0
 
     def _fold(self, stored: Stored) -> None:
         parts = stored.subject.split(".")
         if parts[3] == "rollout":
             try:
                 link = fold(self.state, stored.data)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, RecursionError) as error:
                 # What does not read as a link cannot continue a chain: the next good link shows the gap.
                 log.error("%s (sequence %d) is no link: %s", stored.subject, stored.sequence, error)
             else:

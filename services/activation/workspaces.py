@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.keys import SigningKey
@@ -13,18 +14,29 @@ from loopback.services.activation.engine import Engine
 from loopback.services.activation.fleet import Fleet
 from loopback.services.activation.store import Store
 
+log = logging.getLogger(__name__)
+
 
 class Workspaces:
     """Engines by workspace; their tasks live in the service's task group."""
 
     def __init__(
-        self, bus: Bus, fleet: Fleet, key: SigningKey, tracer: trace.Tracer, group: asyncio.TaskGroup
+        self,
+        bus: Bus,
+        fleet: Fleet,
+        key: SigningKey,
+        tracer: trace.Tracer,
+        meter: metrics.Meter,
+        group: asyncio.TaskGroup,
     ) -> None:
         self.bus = bus
         self.fleet = fleet
         self.key = key
         self.tracer = tracer
         self.group = group
+        self.failures = meter.create_counter(
+            "loopback_rollout_failures", description="Times that a rollout was set aside, by error"
+        )
         self.engines: dict[str, Engine] = {}
 
     async def run(self) -> None:
@@ -33,13 +45,16 @@ class Workspaces:
             await self.fleet.changed.wait()
             self.fleet.changed.clear()
             for workspace in list(self.fleet.environments):
-                self._ensure(workspace)
+                try:
+                    self._ensure(workspace)
+                except Refused as refused:
+                    log.error("the workspace %r is left out: %s", workspace[:80], refused)
 
     def _ensure(self, workspace: str) -> Engine:
         found = self.engines.get(workspace)
         if found is None:
             store = Store(self.bus, workspace)
-            found = Engine(self.bus, store, self.fleet, self.key, self.tracer)
+            found = Engine(self.bus, store, self.fleet, self.key, self.tracer, self.failures)
             self.engines[workspace] = found
             self.group.create_task(found.run(), name=f"rollouts of {workspace}")
         return found

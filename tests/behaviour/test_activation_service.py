@@ -30,10 +30,13 @@ from loopback.contracts.messages import (
     RolloutStart,
     Selector,
     Wave,
+    decode_command,
 )
-from loopback.contracts.reports import Phase
-from loopback.contracts.rolloutstate import Standing
+from loopback.contracts.reports import Phase, Status
+from loopback.contracts.rolloutstate import Rollout, Standing
 from loopback.services._runtime.bus import Outgoing
+from loopback.services.activation import decide as rules
+from loopback.services.activation import facts, handlers
 
 pytestmark = pytest.mark.broker
 
@@ -167,6 +170,10 @@ async def test_operators_pause_resume_and_abort(place: Fleet) -> None:
     assert (await place.send(RolloutAbort(**fields("p4"), rollout="r1", reason="enough"))).ok
     rollout = await place.ended("r1", "ROLLED_BACK")
     assert rollout.by == ("ada",)
+    (canary,) = [host for host in place.hosts.values() if host.states]
+    abort = canary.states[-1].modules[0].abort
+    assert abort is not None, "the host asks to see the operator's own signature"
+    assert decode_command(envelope.payload_of(abort)).id == "p4"
     unknown = await place.send(RolloutAbort(**fields("p5"), rollout="nobody"))
     assert unknown.refusal is not None
     assert unknown.refusal.code is Code.ROLLOUT_UNKNOWN
@@ -277,6 +284,66 @@ async def test_the_whole_rollout_is_one_trace(place: Fleet) -> None:
     handled = [s for s in spans if s.name == "process lb.ws.{workspace}.from.{host}.status"]
     assert handled
     assert all(s.parent and s.parent.span_id in ids for s in handled)
+
+
+async def test_a_rollout_that_cannot_be_decided_holds_up_no_other(
+    place: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = True
+    decide = rules.decide
+
+    def failing(workspace: Any, rollout: Rollout, *rest: Any) -> Any:
+        if rollout.id == "r1" and broken:
+            raise OverflowError("date value out of range")
+        return decide(workspace, rollout, *rest)
+
+    monkeypatch.setattr(rules, "decide", failing)
+    assert (await place.send(start("r1", selector=Selector(hosts=("h0", "h1"))))).ok
+    assert (await place.send(start("r2", selector=Selector(hosts=("h2", "h3"))))).ok
+    await place.ended("r2", "DONE")
+    await place.ended("r1", "READY")  # facts about it are still journaled
+    broken = False
+    await place.ended("r1", "DONE")
+
+
+async def test_what_no_report_can_make_of_its_rollout_is_dropped_after_some_deliveries(
+    place: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observations = facts.observations
+
+    def failing(workspace: Any, status: Status) -> Any:
+        if status.host == "h0":
+            raise KeyError("nobody thought of this")
+        return observations(workspace, status)
+
+    monkeypatch.setattr(facts, "observations", failing)
+    monkeypatch.setattr(handlers, "DELIVERIES", 3)
+    await place.send(start("r1", waves=(Wave(name="all", percent=100),), max_unavailable=1.0))
+    await until(
+        lambda: place.state.rollouts and place.rollout("r1").counts[Standing.PROMOTED] == 3,
+        "the others are journaled",
+    )
+    subject = subjects.journal(WORKSPACE, "activation", "refused")
+    (entry,) = await eventually(lambda: stored(place, subject))
+    said = msgspec.json.decode(entry.data, type=JournalEntry)
+    assert said.refusal is not None
+    assert "KeyError" in said.refusal.reason
+    assert said.subject == subjects.from_host(WORKSPACE, "h0", "status")
+
+
+@pytest.mark.parametrize("poison", [b"\xff", b'{"type":"verdict","rollout":"\xff"}', b"[" * 5000, b"{}"])
+async def test_a_fact_that_does_not_decode_is_dropped_and_journaled_once(place: Fleet, poison: bytes) -> None:
+    await place.admin.publish(Outgoing(subjects.verdict(WORKSPACE, "r1", "delivery"), poison))
+    subject = subjects.journal(WORKSPACE, "activation", "refused")
+    (entry,) = await eventually(lambda: stored(place, subject))
+    said = msgspec.json.decode(entry.data, type=JournalEntry)
+    assert said.refusal is not None
+    assert said.refusal.code is Code.REPORT_MALFORMED
+    assert (await place.send(start("r1"))).ok
+    await place.ended("r1", "DONE")
+    durable = await place.client.jetstream().consumer_info(subjects.STREAM_FLEET, "activation-facts")
+    assert durable.num_ack_pending == 0
+    assert len(await stored(place, subject)) == 1
 
 
 async def test_a_replica_that_is_killed_mid_rollout_leaves_nothing_behind(broker: Place) -> None:
