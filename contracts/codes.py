@@ -86,6 +86,7 @@ class Code(StrEnum):
     HOST_UNCONFIRMED = "host.unconfirmed"
     HOST_DEADLINE = "host.deadline"
     HOST_LOST = "host.lost"
+    HOST_FAULT = "host.fault"
     # modules
     MODULE_START = "module.start"
     MODULE_DIED = "module.died"

@@ -26,6 +26,7 @@ from opentelemetry import context, trace
 import loopback
 from loopback.contracts import abi, envelope
 from loopback.contracts.codes import Code, Refusal, Refused
+from loopback.contracts.desired import DesiredModule
 from loopback.contracts.reports import Heartbeat, Inventory, Status
 from loopback.host import decide, inventory, otel, status, transitions
 from loopback.host.apply import Change, Means
@@ -43,6 +44,7 @@ FRESH_S: Final = 10.0  # metadata younger than this is not renewed before a chan
 METRICS_S: Final = 10.0  # between OTLP figures
 FIGURES_S: Final = 5.0  # a status that differs only in counters is sent this often at most
 WAITING: Final = 16  # desired states not looked at yet; the oldest give way
+MAX_DECLINED: Final = 16  # modules outside the allow-list that are answered for at one time
 FLUSH_S: Final = 2.0  # for the last reports at the end
 
 log = logging.getLogger("loopback.host")
@@ -70,7 +72,8 @@ class Agent:
         self._joined = asyncio.Event()
         self._change: Change | None = None
         self._said = self._counted = b""
-        self._events = 0
+        self._declined: list[str] = []
+        self._events = self._faults = 0
         self._said_at = 0.0
         self._refreshed_at = -FRESH_S
 
@@ -202,11 +205,26 @@ class Agent:
             data, headers = await self._arrived.get()
             try:
                 await self._reconcile(data, headers)
+                self._changed()
+            except decide.Older as refused:
+                log.info("%s", refused)
             except Refused as refused:
                 log.warning("desired state refused: %s", refused)
-                if refused.code is not Code.HOST_GENERATION:
-                    self.refusal = refused.refusal
+                self._refuse(refused.refusal)
+            except Exception as error:
+                # Whatever one document meets, the next one may be the cure: this task must not end.
+                log.exception("a desired state ended in a fault of this agent")
+                self._faults += 1
+                self._refuse(transitions.fault(error))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Say why the desired state is not obeyed, where that can be said."""
+        self.refusal = transitions.brief(refusal)
+        try:
             self._changed()
+        except Exception:
+            log.exception("the refusal cannot be reported")
+            self._faults += 1
 
     async def _reconcile(self, data: bytes, headers: dict[str, str]) -> None:
         signed = envelope.parse(data)
@@ -274,12 +292,18 @@ class Agent:
         if refusal is not None:
             if refusal.code is Code.HOST_GENERATION:
                 log.warning("%s: %s: %s", entry.module, refusal.code, refusal.reason)
+                self.refusal = transitions.brief(refusal)  # two writers made one generation
                 return
             why = refusal
             with self._span(f"refuse {entry.module}", checked) as span:
                 span.set_attribute("error.type", why.code)
                 span.set_status(trace.StatusCode.ERROR, why.reason)
-                self.states[entry.module] = own.change(lambda state: transitions.reject(state, why, entry))
+                if why.code is Code.HOST_NOT_ALLOWED and entry.module not in self.store.modules():
+                    self._decline(entry, why)
+                else:
+                    self.states[entry.module] = own.change(
+                        lambda state: transitions.reject(state, why, entry)
+                    )
                 self._changed()
         elif checked.answer is Answer.SAME:
             with self._span(f"confirm {entry.module}", checked):
@@ -304,6 +328,13 @@ class Agent:
                 self._keep_state()
                 self._change = None
                 supervisor.wake()
+
+    def _decline(self, entry: DesiredModule, why: Refusal) -> None:
+        """Answer for a module that may not run here; nothing of it is written, and only the newest few are remembered."""
+        self._declined = [*(m for m in self._declined if m != entry.module), entry.module]
+        while len(self._declined) > MAX_DECLINED:
+            self.states.pop(self._declined.pop(0), None)
+        self.states[entry.module] = transitions.reject(ModuleState(module=entry.module), why, entry)
 
     def _span(self, name: str, checked: Checked) -> Any:
         return self.tracer.start_as_current_span(
@@ -347,12 +378,12 @@ class Agent:
             modules=modules,
             refusal=refusal,
         )
-        self.reporter.send(report, otel.traceparent())
+        self.reporter.send(status.fitted(report), otel.traceparent())
 
     def _expired(self) -> Refusal | None:
         """Why nothing new is believed, where that is so."""
         problem = self.trust.problem
-        return problem if problem is not None and problem.code in _NO_CHANGES else None
+        return transitions.brief(problem) if problem is not None and problem.code in _NO_CHANGES else None
 
     def _inventory(self) -> Inventory:
         return Inventory(
@@ -396,6 +427,7 @@ class Agent:
                 "loopback_host_generation": float(self.state.generation),
                 "loopback_host_module_events_total": float(self._events),
                 "loopback_host_reports_dropped_total": float(self.reporter.dropped),
+                "loopback_host_faults_total": float(self._faults),
             }
             payload = otel.figures(self.config.host, self.config.workspace, by_module, own)
             self.reporter.otlp(envelope.OTLP_METRICS, payload)

@@ -100,16 +100,22 @@ class Change:
                     return
             self._write(lambda state: transitions.accept(state, self.entry))
             self.means.changed()
-            for step in self._plan():
+            for step in await asyncio.to_thread(self._plan):
                 await self._take(step)
         except Refused as refused:
             log.warning("%s: %s", self.entry.module, refused)
-            refusal = refused.refusal
-            if self._undo is Undo.RESTORE:
-                await self._roll_back(refusal)
-            else:
-                self._conclude(lambda state: transitions.reject(state, refusal, self.entry))
-            await self._collect()
+            await self._fail(refused.refusal)
+        except Exception as error:
+            # A mistake of ours ends like a refusal: in what was promoted before.
+            log.exception("%s: a change ended in a fault of this agent", self.entry.module)
+            await self._fail(transitions.fault(error))
+
+    async def _fail(self, refusal: Refusal) -> None:
+        if self._undo is Undo.RESTORE:
+            await self._roll_back(refusal)
+        else:
+            self._conclude(lambda state: transitions.reject(state, refusal, self.entry))
+        await self._collect()
 
     def _plan(self) -> tuple[Step, ...]:
         target = self.entry.running
@@ -119,8 +125,7 @@ class Change:
             self.state,
             target,
             unpacked=self.own.version_dir(target).is_dir(),
-            policy_here=target.policy is not None
-            and self.store.disk.exists(self.store.policy_path(target.policy)),
+            policy_here=install.has_policy(self.store, target),
         )
 
     async def _take(self, step: Step) -> None:
@@ -175,6 +180,15 @@ class Change:
         )
 
     async def _verify(self) -> None:
+        if not self.entry.returning:
+            await asyncio.to_thread(
+                install.check_policy,
+                self.store,
+                self._target,
+                self.entry.module,
+                self.supervisor.config.workspace,
+                self.trust,
+            )
         known = (self.state.promoted, self.state.previous)
         await asyncio.to_thread(
             install.verify,

@@ -7,7 +7,7 @@ asked now, or taken back to what it came from; everything else must lie inside w
  1 signed by activation                                   7 older than what was handled: nothing to do
  2 for this host and workspace                            8 the module may run here (local allow-list)
  3 for this incarnation                                   9 the scope: signed by a releaser of this workspace
- 4 its generation grows; one content per generation      10 scope, command and entry name the same rollout and module
+ 4 well-formed; generations grow, one content each       10 scope, command and entry name the same rollout and module
  of the host's record, for every entry                   11 forward: version, package, policy, serial and trial lie in it
  5 signed by an admin of this workspace, not older          back: only to what this host itself ran before it, and
                                                             where the scope says halt, only by an operator's abort
@@ -37,12 +37,12 @@ from loopback.contracts.envelope import Envelope
 from loopback.contracts.keys import PublicKey
 from loopback.contracts.trustdoc import Role, Trust
 from loopback.host import transitions
+from loopback.host.form import check_form
 from loopback.host.state import HostState, ModuleState
 
 SKEW: Final = timedelta(minutes=5)  # how far a host's clock may be behind the operator's
-WAY_BACK: Final = timedelta(
-    hours=24
-)  # how long after its scope's end, or an operator's abort, a change may be taken back
+#: How long after its scope's end, or an operator's abort, a change may be taken back.
+WAY_BACK: Final = timedelta(hours=24)
 MAX_TRIAL_S: Final = 3600.0  # a trial longer than that is a mistake, or keeps a host busy on purpose
 ACTIVATION: Final = "activation"
 
@@ -71,6 +71,10 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
     entry: DesiredModule
     answer: Answer
     refusal: Refusal | None = None
+
+
+class Older(Refused):
+    """A document of an earlier generation: a late or repeated message, and nobody's mistake."""
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,9 +116,10 @@ def check_desired(
             "it is made again once the host's report was seen",
         )
     # 4
+    check_form(document)
     digest = hashlib.sha256(payload).hexdigest()
     if document.generation < state.generation:
-        raise Refused(
+        raise Older(
             Code.HOST_GENERATION,
             f"generation {document.generation} is older than {state.generation}, obeyed last",
         )
@@ -124,18 +129,18 @@ def check_desired(
             f"there is another desired state of generation {document.generation}",
             "two writers made one generation; look at activation's journal",
         )
-    record, refusal = _record(document.record, identity, state, trust)
+    record, refusal, record_at = _record(document.record, identity, state, trust)
     learnt = msgspec.structs.replace(
         state,
         generation=document.generation,
         document=digest,
         journal_head=document.journal_head or state.journal_head,
     )
-    if record is not None:
+    if record_at is not None:
         learnt = msgspec.structs.replace(
             learnt,
-            record_at=_later(state.record_at, record.issued_at),
-            clock_floor=_later(learnt.clock_floor, record.issued_at),
+            record_at=_later(state.record_at, record_at),
+            clock_floor=_later(learnt.clock_floor, record_at),
         )
     entries = []
     for entry in document.modules:
@@ -154,8 +159,12 @@ def check_desired(
 
 def _record(
     signed: Envelope | None, identity: Identity, state: HostState, trust: Trust
-) -> tuple[messages.HostPut | None, Refusal | None]:
-    """The host's own record, or why there is none (checks 5 and 6)."""
+) -> tuple[messages.HostPut | None, Refusal | None, datetime | None]:
+    """The host's own record, or why there is none (checks 5 and 6); and when the newest of this host was signed.
+
+    A record that takes the host away is remembered as well: an older one cannot bring it back.
+    """
+    known: datetime | None = None
     try:
         if signed is None:
             raise Refused(Code.ELIGIBILITY_NO_RECORD, "the desired state carries no record of this host")
@@ -168,13 +177,16 @@ def _record(
                 "the host's record is older than the one known here",
                 "send the newest one",
             )
-        if command.host != identity.host or command.public_key != identity.key.text:
-            raise Refused(Code.SCOPE_VIOLATION, f"the record is that of {command.host!r}, or of another key")
+        if command.host != identity.host:
+            raise Refused(Code.SCOPE_VIOLATION, f"the record is that of {command.host!r}")
+        known = command.issued_at
+        if command.public_key != identity.key.text:
+            raise Refused(Code.SCOPE_VIOLATION, "the record names another key than this host's")
         if command.absent:
             raise Refused(Code.ELIGIBILITY_NO_RECORD, "an operator took this host's record away")
     except Refused as refused:
-        return None, refused.refusal
-    return command, None
+        return None, refused.refusal, known
+    return command, None, known
 
 
 def _check_entry(

@@ -7,6 +7,7 @@ started before its tree was compared with what was unpacked.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.metadata
 import platform
 import shutil
@@ -68,7 +69,7 @@ async def _package(get: blobs.Get, store: Store, target: Running, size: int, mod
 async def _policy(
     get: blobs.Get, store: Store, target: Running, module: str, workspace: str, trust: Trust
 ) -> None:
-    if target.policy is None or store.disk.exists(store.policy_path(target.policy)):
+    if target.policy is None or has_policy(store, target):
         return
     data = await blobs.read(get, target.policy)
     decide.check_policy(data, target, module, workspace, trust)
@@ -162,13 +163,38 @@ def verify_unpacked(own: ModuleStore, target: Running) -> Manifest:
     return manifest.parse(path.read_bytes(), str(path))
 
 
+def has_policy(store: Store, target: Running) -> bool:
+    """Whether the target's policy is on disk as its digest says; one that is damaged is fetched again. Blocking."""
+    if target.policy is None:
+        return False
+    data = store.disk.read(store.policy_path(target.policy))
+    return data is not None and hashlib.sha256(data).hexdigest() == target.policy
+
+
+def check_policy(store: Store, target: Running, module: str, workspace: str, trust: Trust) -> None:
+    """Verify a policy on disk as if it had just come: who was trusted when it came may not be trusted now. Blocking.
+
+    Raises Refused like `decide.check_policy`.
+    """
+    if target.policy is None:
+        return
+    data = store.disk.read(store.policy_path(target.policy))
+    if data is None:
+        raise _gone(target.policy)
+    decide.check_policy(data, target, module, workspace, trust)
+
+
+def _gone(policy: str) -> Refused:
+    return Refused(Code.POLICY_MALFORMED, f"the policy {policy[:12]} is not on disk any more")
+
+
 def read_policy(store: Store, target: Running) -> Policy | None:
     """The policy of a target that was verified when it came; its digest is checked again. Raises Refused."""
     if target.policy is None:
         return None
     data = store.disk.read(store.policy_path(target.policy))
     if data is None:
-        raise Refused(Code.POLICY_MALFORMED, f"the policy {target.policy[:12]} is not on disk any more")
+        raise _gone(target.policy)
     return decide.kept_policy(data, target)
 
 

@@ -11,10 +11,10 @@ import contextlib
 import logging
 import random
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
-import nats
+import msgspec
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -29,7 +29,18 @@ CONNECT_S: Final = 3.0
 PING_S: Final = 5  # a silent broker is noticed after two of these
 RECONNECT_S: Final = 0.5  # between attempts, with as much again of jitter: a fleet must not come back at once
 
+_TOO_LARGE: Final = 10054  # JetStream: message size exceeds maximum allowed
+
 log = logging.getLogger("loopback.host")
+
+
+class _Problem(msgspec.Struct, frozen=True):
+    err_code: int = 0
+    description: str = ""
+
+
+class _Ack(msgspec.Struct, frozen=True):
+    error: _Problem | None = None
 
 
 class Link:
@@ -73,7 +84,10 @@ class Link:
                 await nc.close()
 
     async def publish(self, what: str, data: bytes, headers: dict[str, str], *, acknowledged: bool) -> bool:
-        """Write to an own `from` subject; whether it was taken (unacknowledged: whether it could be sent)."""
+        """Write to an own `from` subject; whether it was taken (unacknowledged: whether it could be sent).
+
+        Raises Refused(ENVELOPE_TOO_LARGE) for what the broker will never take.
+        """
         nc = self._nc
         if nc is None or not nc.is_connected:
             return False
@@ -82,11 +96,16 @@ class Link:
             if not acknowledged:
                 await nc.publish(subject, data, headers=headers)
                 return True
-            answer = await nc.request(subject, data, timeout=REQUEST_S, headers=headers)
+            with heeding_cancellation():
+                answer = await nc.request(subject, data, timeout=REQUEST_S, headers=headers)
+        except nats.errors.MaxPayloadError:
+            raise Refused(
+                Code.ENVELOPE_TOO_LARGE, f"{len(data)} bytes are more than the broker takes"
+            ) from None
         except (nats.errors.Error, OSError, TimeoutError) as error:
             log.info("%s was not taken: %s", what, error or type(error).__name__)
             return False
-        return b'"error"' not in answer.data
+        return _taken(answer.data)
 
     async def get(self, subject: str) -> tuple[bytes, dict[str, str]] | None:
         """The last stored message of a subject, or None. Raises Refused(BLOB_MISSING) while the broker is out of reach."""
@@ -103,16 +122,18 @@ class Link:
         """Whether a new connection, made now, is answered within so many seconds with this host's own permissions."""
         try:
             async with asyncio.timeout(seconds):
-                nc = await nats.connect(
-                    **self._options(),
-                    allow_reconnect=False,
-                    connect_timeout=max(1, int(seconds)),
-                    max_reconnect_attempts=0,
-                )
+                nc = Client()
                 try:
+                    with heeding_cancellation():
+                        await nc.connect(
+                            **self._options(),
+                            allow_reconnect=False,
+                            connect_timeout=max(1, int(seconds)),
+                            max_reconnect_attempts=0,
+                        )
                     await _direct_get(nc, self._stream, self._subject)
                 finally:
-                    await nc.close()
+                    await _discard(nc)
         except (OSError, TimeoutError, Refused, nats.errors.Error) as error:
             log.info(
                 "a new connection to the control plane was not answered: %s", error or type(error).__name__
@@ -130,21 +151,23 @@ class Link:
         async def lost() -> None:
             log.warning("the connection to the broker is lost; what is promoted goes on")
 
-        nc = await nats.connect(
-            **self._options(),
-            max_reconnect_attempts=-1,
-            connect_timeout=CONNECT_S,
-            reconnect_time_wait=RECONNECT_S * (1 + random.random()),  # noqa: S311  jitter, not a secret
-            ping_interval=PING_S,
-            max_outstanding_pings=2,
-            reconnected_cb=joined,
-            disconnected_cb=lost,
-        )
+        lasting: dict[str, Any] = {
+            "max_reconnect_attempts": -1,
+            "connect_timeout": CONNECT_S,
+            "reconnect_time_wait": RECONNECT_S * (1 + random.random()),  # noqa: S311  jitter, not a secret
+            "ping_interval": PING_S,
+            "max_outstanding_pings": 2,
+            "reconnected_cb": joined,
+            "disconnected_cb": lost,
+        }
+        nc = Client()
         try:
+            with heeding_cancellation():
+                await nc.connect(**self._options(), **lasting)
             subject = subjects.to_host(self.config.workspace, self.config.host, "desired")
             await nc.subscribe(subject, cb=arrived)
         except BaseException:
-            await nc.close()
+            await _discard(nc)
             raise
         self._nc = nc
         self._joined()
@@ -187,9 +210,44 @@ def signing_key(config: HostConfig) -> SigningKey:
         ) from None
 
 
+@contextlib.contextmanager
+def heeding_cancellation() -> Iterator[None]:
+    """Being cancelled just as the answer comes is being cancelled.
+
+    The client library waits with asyncio.wait_for, which in Python 3.11 returns the answer then and forgets the
+    cancellation; an agent that was told to stop, or a trial's time that was over, went on.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        yield
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
+async def _discard(nc: Client) -> None:
+    """Close a connection, also one that was cut off while it was made: its socket would stay."""
+    # AssertionError: the client's way of saying that it did not even begin to connect.
+    with contextlib.suppress(nats.errors.Error, OSError, AssertionError):
+        await nc.close()
+
+
+def _taken(answer: bytes) -> bool:
+    """Whether an acknowledgement says so. Raises Refused(ENVELOPE_TOO_LARGE) where it says never."""
+    try:
+        error = msgspec.json.decode(answer, type=_Ack).error
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+    if error is not None and error.err_code == _TOO_LARGE:
+        raise Refused(Code.ENVELOPE_TOO_LARGE, f"the broker does not take it: {error.description}")
+    return error is None
+
+
 async def _direct_get(nc: Client, stream: str, subject: str) -> tuple[bytes, dict[str, str]] | None:
     try:
-        message = await nc.request(subjects.direct_get(stream, subject), b"", timeout=REQUEST_S)
+        with heeding_cancellation():
+            message = await nc.request(subjects.direct_get(stream, subject), b"", timeout=REQUEST_S)
     except (nats.errors.Error, OSError, TimeoutError) as error:
         raise _unreachable(f"{subject} could not be read: {error or type(error).__name__}") from None
     headers = dict(message.headers or {})

@@ -153,7 +153,7 @@ class ModuleProcess:
         finally:
             self._waiting.pop(number, None)
         if isinstance(reply, abi.Failed):
-            raise Refused(known_code(reply.code), f"{verb}: {reply.reason}"[:2000], reply.next_step[:500])
+            raise Refused(known_code(reply.code), f"{verb}: {reply.reason}"[:1000], reply.next_step[:500])
         return reply
 
     async def health(self) -> abi.HealthReport:
@@ -203,7 +203,7 @@ class ModuleProcess:
         if hello.module != launch.module or hello.version not in ("", launch.version):
             raise Refused(
                 Code.MODULE_ABI,
-                f"{launch.module} {launch.version} says that it is {hello.module} {hello.version}",
+                f"{launch.module} {launch.version} says that it is {hello.module[:80]} {hello.version[:80]}",
             )
 
     async def _serve(self, reader: asyncio.StreamReader, output_fd: int) -> None:

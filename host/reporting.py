@@ -1,6 +1,7 @@
 """What the host says: signed reports on its own subjects, in order, at most a bounded number waiting.
 
-A report that the broker did not take waits; the oldest of too many gives way, since every status says everything.
+A report that the broker did not take waits; the oldest of too many gives way, since every status says everything. One that
+nobody would ever take is dropped at once, counted and logged: it must not stand in the way of the others.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Final
 import msgspec
 
 from loopback.contracts import envelope, events
+from loopback.contracts.codes import Refused
 from loopback.contracts.keys import SigningKey
-from loopback.contracts.reports import AnyReport, Heartbeat, Inventory, Status
+from loopback.contracts.reports import MAX_BYTES, Heartbeat, Inventory, Status
 from loopback.host.link import Link
 from loopback.host.state import SEQUENCE_BLOCK
 
@@ -59,19 +61,25 @@ class Reporter:
     def send(self, report: Status | Inventory, traceparent: str = "") -> None:
         """Have it sent, and sent again until the broker has it."""
         what = "status" if isinstance(report, Status) else "inventory"
-        self._enqueue(what, *self._sealed(report, what, traceparent))
+        payload = msgspec.json.encode(report)
+        if len(payload) > MAX_BYTES[what]:
+            self._drop(what, f"its {len(payload)} bytes are more than the {MAX_BYTES[what]} allowed")
+            return
+        self._enqueue(what, *self._sealed(payload, what, traceparent))
 
     async def heartbeat(self, report: Heartbeat) -> bool:
         """Send now or never; whether it could be sent."""
         return await self._link.publish(
-            "heartbeat", *self._sealed(report, "heartbeat", ""), acknowledged=False
+            "heartbeat", *self._sealed(msgspec.json.encode(report), "heartbeat", ""), acknowledged=False
         )
 
     def otlp(self, payload_type: str, payload: bytes) -> None:
         """Have an OTLP request sent, signed like every word of this host."""
         data = envelope.seal_bytes(payload_type, payload, self._key)
-        if len(data) <= envelope.MAX_ENVELOPE:
-            self._enqueue("otlp", data, self._headers("otlp", "", PROTOBUF))
+        if len(data) > envelope.MAX_ENVELOPE:
+            self._drop("otlp", f"its {len(data)} bytes are more than the {envelope.MAX_ENVELOPE} allowed")
+            return
+        self._enqueue("otlp", data, self._headers("otlp", "", PROTOBUF))
 
     async def run(self) -> None:
         """Send what waits, in order; runs until cancelled."""
@@ -80,7 +88,13 @@ class Reporter:
             self._wake.clear()
             while self._waiting:
                 what, data, headers = self._waiting[0]
-                if not await self._link.publish(what, data, headers, acknowledged=True):
+                try:
+                    taken = await self._link.publish(what, data, headers, acknowledged=True)
+                except Refused as refused:
+                    self._drop(what, refused.reason)
+                    self._drop_first(data)
+                    continue
+                if not taken:
                     if what == "otlp":
                         self._drop_first(data)
                         continue
@@ -94,9 +108,16 @@ class Reporter:
             async with asyncio.timeout(seconds):
                 while self._waiting:
                     what, data, headers = self._waiting.popleft()
-                    await self._link.publish(what, data, headers, acknowledged=True)
+                    try:
+                        await self._link.publish(what, data, headers, acknowledged=True)
+                    except Refused as refused:
+                        self._drop(what, refused.reason)
         except TimeoutError:
             log.info("%d reports were not sent before the end", len(self._waiting) + 1)
+
+    def _drop(self, what: str, why: str) -> None:
+        self.dropped += 1
+        log.error("a report (%s) can never be sent and is dropped: %s", what, why)
 
     def _drop_first(self, data: bytes) -> None:
         # While it was being sent, it may have given way to newer ones already.
@@ -110,8 +131,8 @@ class Reporter:
         self._waiting.append((what, data, headers))
         self._wake.set()
 
-    def _sealed(self, report: AnyReport, what: str, traceparent: str) -> tuple[bytes, dict[str, str]]:
-        data = envelope.seal_bytes(envelope.REPORT, msgspec.json.encode(report), self._key)
+    def _sealed(self, payload: bytes, what: str, traceparent: str) -> tuple[bytes, dict[str, str]]:
+        data = envelope.seal_bytes(envelope.REPORT, payload, self._key)
         return data, self._headers(what, traceparent, events.JSON)
 
     def _headers(self, what: str, traceparent: str, content_type: str) -> dict[str, str]:

@@ -1,13 +1,19 @@
-"""What a host says of its modules: pure, from their states on disk and what is seen of their processes."""
+"""What a host says of its modules: pure, from their states on disk and what is seen of their processes.
+
+A module says as much as it likes; what is passed on of it has bounds, so that no module can silence its host.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final, Literal, Protocol
 
+import msgspec
+
 from loopback.contracts.abi import HealthReport
 from loopback.contracts.codes import Code, Refusal
-from loopback.contracts.reports import ModuleStatus, Phase
+from loopback.contracts.reports import MAX_BYTES, ModuleStatus, Phase, Status
 from loopback.host.state import ModuleState
 from loopback.host.trial import unwell
 
@@ -16,6 +22,37 @@ Health = Literal["ok", "degraded", "failed", "unknown"]
 _FAILURES: Final = frozenset(
     {Phase.ROLLED_BACK, Phase.ROLLBACK_FAILED, Phase.QUARANTINED, Phase.LOOP_ABORTED}
 )
+
+
+MAX_METRICS: Final = 256  # figures of one module: its totals and about a hundred rules
+MAX_NAME: Final = 200  # characters of a figure's name
+
+
+def bounded(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The first MAX_METRICS figures with a usable name and a finite value; modules name what matters most first."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if len(found) == MAX_METRICS:
+            break
+        if 0 < len(name) <= MAX_NAME and math.isfinite(value):
+            found[name] = value
+    return found
+
+
+def fitted(report: Status) -> Status:
+    """The report, small enough to be taken: without figures where it has too many, the largest modules' first."""
+    most = MAX_BYTES["status"]
+    while len(msgspec.json.encode(report)) > most:
+        largest = max(report.modules, key=lambda m: len(m.metrics), default=None)
+        if largest is None or not largest.metrics:
+            break  # the reporter refuses it, and says so
+        report = msgspec.structs.replace(
+            report,
+            modules=tuple(
+                msgspec.structs.replace(m, metrics={}) if m is largest else m for m in report.modules
+            ),
+        )
+    return report
 
 
 class Seen(Protocol):

@@ -19,7 +19,7 @@ from loopback.contracts import abi
 from loopback.contracts.codes import Refusal, Refused
 from loopback.contracts.desired import Running
 from loopback.contracts.messages import Policy
-from loopback.host import install, proc
+from loopback.host import install, proc, status, transitions
 from loopback.host.config import HostConfig
 from loopback.host.process import Launch, ModuleProcess
 from loopback.host.state import Store
@@ -155,7 +155,7 @@ class Supervisor:
     def failed(self, refused: Refused) -> None:
         """Note that the module does not run as it should, and how often that happened in a row."""
         log.warning("%s: degraded: %s", self.module, refused)
-        self.problem = refused.refusal
+        self.problem = transitions.brief(refused.refusal)
         self._failures += 1
         self.changed()
 
@@ -193,7 +193,7 @@ class Supervisor:
                 await self.hold(running)
             else:
                 self.health = await self.process.health()
-                self.metrics = (await self.process.request(abi.Metrics())).metrics
+                self.metrics = status.bounded((await self.process.request(abi.Metrics())).metrics)
                 if running.policy is not None and self.health.policy != running.policy:
                     await self.hold(
                         running

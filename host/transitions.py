@@ -22,12 +22,36 @@ from loopback.host.state import ModuleState, Quarantined, Trial
 
 MAX_ATTEMPTS: Final = 5  # interruptions of one target before the host stops trying it
 MAX_TREES: Final = 16  # unpacked packages remembered; two are kept on disk
+MAX_REASON: Final = 1024  # characters of a reason that is kept and reported
 MAX_QUARANTINE: Final = 64  # entries kept; the oldest give way
 
 #: Refusals that say nothing about the version or policy: no quarantine.
 _NOT_ITS_FAULT: Final = frozenset(
-    {Code.HOST_DISK, Code.HOST_UNCONFIRMED, Code.HOST_LOOP, Code.BLOB_MISSING, Code.KERNEL_UNSUPPORTED}
+    {
+        Code.HOST_DISK,
+        Code.HOST_FAULT,
+        Code.HOST_UNCONFIRMED,
+        Code.HOST_LOOP,
+        Code.BLOB_MISSING,
+        Code.KERNEL_UNSUPPORTED,
+    }
 )
+
+
+def brief(refusal: Refusal) -> Refusal:
+    """The refusal, no longer than a report has room for: modules and peers have written parts of it."""
+    return Refusal(refusal.code, _cut(refusal.reason), _cut(refusal.next_step))
+
+
+def fault(error: Exception) -> Refusal:
+    """What is said of a mistake of the agent's own."""
+    reason = f"the agent failed at it: {type(error).__name__}: {error}"
+    return brief(Refusal(Code.HOST_FAULT, reason, "look at the agent's log"))
+
+
+def _cut(text: str) -> str:
+    text = text if len(text) <= MAX_REASON else text[: MAX_REASON - 1] + "…"
+    return text.encode("utf-8", "replace").decode()  # a lone surrogate, as of a path, could not be sent
 
 
 def finished(state: ModuleState) -> bool:
@@ -39,7 +63,6 @@ def accept(state: ModuleState, entry: DesiredModule) -> ModuleState:
     """Take an entry in hand that passed every check."""
     if entry.generation == state.generation and not finished(state):
         return state
-    same_target = state.target == entry.running and state.target is not None
     return replace(
         state,
         generation=entry.generation,
@@ -49,7 +72,7 @@ def accept(state: ModuleState, entry: DesiredModule) -> ModuleState:
         step="accept",
         target=entry.running,
         returning=entry.returning,
-        attempts=state.attempts if same_target else 0,
+        attempts=_attempts(state, entry.running),
         refusal=None,
     )
 
@@ -77,6 +100,7 @@ def settle(state: ModuleState, generation: int, rollout: str, returning: bool) -
         generation=generation,
         rollout=rollout,
         target=state.promoted,
+        attempts=_attempts(state, state.promoted),
         returning=returning,
         phase=Phase.PROMOTED if state.promoted else Phase.REMOVED,
         step="",
@@ -92,12 +116,13 @@ def reject(
         state = replace(
             state,
             generation=entry.generation, rollout=entry.rollout, target=entry.running, returning=entry.returning,
+            attempts=_attempts(state, entry.running),
         )  # fmt: skip
     if refusal.code is Code.HOST_QUARANTINED:
         phase = Phase.QUARANTINED
     elif refusal.code is Code.HOST_LOOP:
         phase = Phase.LOOP_ABORTED
-    return replace(state, phase=phase, refusal=refusal, step="")
+    return replace(state, phase=phase, refusal=brief(refusal), step="")
 
 
 def begin_trial(state: ModuleState, trial_s: float) -> ModuleState:
@@ -166,7 +191,7 @@ def _way_back(state: ModuleState) -> dict[str, Running | str | None]:
 
 def roll_back(state: ModuleState, refusal: Refusal) -> ModuleState:
     """The trial failed: that decision comes first, so that an interruption from here on still ends in it."""
-    return replace(state, phase=Phase.ROLLING_BACK, step="roll-back", refusal=refusal)
+    return replace(state, phase=Phase.ROLLING_BACK, step="roll-back", refusal=brief(refusal))
 
 
 def rolled_back(state: ModuleState) -> ModuleState:
@@ -212,6 +237,11 @@ def interrupted(state: ModuleState) -> ModuleState:
     """Count an interruption of the target in hand; too many of them end it."""
     state = replace(state, attempts=state.attempts + 1)
     return reject(state, loop_refusal(state)) if state.attempts >= MAX_ATTEMPTS else state
+
+
+def _attempts(state: ModuleState, target: Running | None) -> int:
+    """Interruptions are counted against the target that met them, never against the next one."""
+    return state.attempts if target is not None and target == state.target else 0
 
 
 def loop_refusal(state: ModuleState) -> Refusal:

@@ -86,7 +86,7 @@ def unwell(health: HealthReport | None, running: Running) -> Refusal | None:
     if health.state != "ok":
         code = known_code(health.code) if health.code else Code.MODULE_UNHEALTHY
         reason = health.reason or f"it says {health.state}"
-        return Refusal(code, f"{health.state}: {reason}"[:2000])
+        return Refusal(code, f"{health.state}: {reason}"[:1000])
     if running.policy is not None and (health.policy != running.policy or not health.enforcing):
         return Refusal(
             Code.MODULE_UNHEALTHY,

@@ -95,7 +95,11 @@ class Tiny(Module):
         return abi.HealthReport(state="ok", enforcing=policy is not None, policy=policy)  # type: ignore[arg-type]
 
     async def metrics(self) -> dict[str, float]:
-        return {"tiny_packets_total": 7.0}
+        found = {"tiny_packets_total": 7.0}
+        if self.how == "talkative":
+            found |= {"tiny_broken": float("inf"), "x" * 10_000: 1.0}
+            found |= {f"tiny_figure_{n}_{'y' * 150}": float(n) for n in range(20_000)}
+        return found
 
     async def stop(self, *, remove: bool) -> None:
         if self.how == "hangs-at-stop":

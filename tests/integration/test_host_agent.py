@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from support import Place, eventually
 from support_host import World
 
-from loopback.contracts import subjects
+from loopback.contracts import envelope, subjects
 from loopback.contracts.codes import Code
+from loopback.contracts.keys import SigningKey
 from loopback.contracts.reports import Phase
-from loopback.host import proc
+from loopback.host import decide, proc, trial
 
 pytestmark = pytest.mark.broker
 
@@ -241,6 +244,125 @@ async def test_what_the_owner_does_not_allow_never_runs(world: World) -> None:
         found = await world.reached(await world.desire(greedy, rollout="r2"))
         assert (found.phase, found.refusal and found.refusal.code) == (Phase.REJECTED, Code.HOST_NOT_ALLOWED)
     assert not (world.config.state_dir / "modules" / "tiny" / "process.json").exists()
+
+
+async def test_a_module_outside_the_allow_list_is_answered_for_and_leaves_nothing(world: World) -> None:
+    target = await world.release("1.0", policy=1)
+    allow = msgspec.structs.replace(world.config.allow, modules=())
+    async with world.agent(allow=allow):
+        found = await world.reached(await world.desire(target))
+        assert (found.phase, found.refusal and found.refusal.code) == (Phase.REJECTED, Code.HOST_NOT_ALLOWED)
+        again = await world.reached(await world.desire(target, rollout="r2"))
+        assert (again.rollout, again.phase) == ("r2", Phase.REJECTED)
+    assert list((world.config.state_dir / "modules").iterdir()) == []
+
+
+async def test_a_module_that_talks_without_end_does_not_silence_its_host(world: World) -> None:
+    target = await world.release("1.0", "talkative", policy=1)
+    async with world.agent():
+        await world.reached(await world.desire(target))
+
+        async def figures() -> dict[str, float]:
+            found = await world.module()
+            return found.metrics if found else {}
+
+        found = await eventually(figures)
+        assert found["tiny_packets_total"] == 7.0
+        assert len(found) <= 256
+        assert all(len(name) <= 200 for name in found)
+        await world.reached(await world.desire(None, expected=target, rollout="r2"))
+
+
+def on_disk(world: World, policy: str, data: bytes) -> None:
+    path = world.config.state_dir / "policies" / f"{policy}.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+
+
+async def test_a_policy_on_disk_is_trusted_no_more_than_one_that_comes(world: World) -> None:
+    target = await world.release("1.0", policy=1)
+    data, _ = world.signers.policy(1)
+    stranger = envelope.seal_bytes(
+        envelope.POLICY, envelope.payload_of(envelope.parse(data)), SigningKey.generate()
+    )
+    digest = hashlib.sha256(stranger).hexdigest()
+    on_disk(world, digest, stranger)
+    async with world.agent():
+        found = await world.reached(await world.desire(msgspec.structs.replace(target, policy=digest)))
+        assert (found.phase, found.promoted) == (Phase.REJECTED, None)
+        assert found.refusal is not None
+        assert found.refusal.code == Code.SIGNATURE_UNKNOWN_KEY
+
+
+async def test_a_damaged_policy_on_disk_is_fetched_again(world: World) -> None:
+    target = await world.release("1.0", policy=1)
+    assert target.policy is not None
+    on_disk(world, target.policy, b"half of it")
+    async with world.agent():
+        found = await world.reached(await world.desire(target))
+        assert (found.phase, found.promoted) == (Phase.PROMOTED, target)
+
+
+async def test_a_document_that_the_agent_fails_at_does_not_keep_it_from_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = await world.release("1.0", policy=1)
+    check, calls = decide.check_desired, 0
+
+    def fails_once(*arguments: Any) -> decide.Accepted:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise ZeroDivisionError("of the agent's own")
+        return check(*arguments)
+
+    monkeypatch.setattr(decide, "check_desired", fails_once)
+    async with world.agent():
+        await world.desire(target)
+
+        async def said() -> bool:
+            return any(s.refusal and s.refusal.code == Code.HOST_FAULT for s in await world.statuses())
+
+        await eventually(said)
+        found = await world.reached(await world.desire(target, rollout="r2"))
+        assert found.promoted == target
+        assert (await world.statuses())[-1].refusal is None
+
+
+async def test_a_fault_on_trial_ends_in_what_was_promoted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = await world.release("1.0", policy=1)
+    new = await world.with_policy(await world.release("1.1"), 2)
+
+    async def fault(*arguments: Any) -> None:
+        raise ZeroDivisionError("of the agent's own")
+
+    async with world.agent():
+        await world.reached(await world.desire(old))
+        with monkeypatch.context() as patched:
+            patched.setattr(trial, "watch", fault)
+            found = await world.reached(await world.desire(new, expected=old, rollout="r2"))
+        assert (found.phase, found.promoted) == (Phase.ROLLED_BACK, old)
+        assert found.refusal is not None
+        assert found.refusal.code == Code.HOST_FAULT
+        assert kernel(world) == {"policy": old.policy}
+        again = await world.reached(await world.desire(new, expected=old, rollout="r3"))
+        assert again.promoted == new, "it was not the release's fault"
+
+
+async def test_two_contents_of_one_generation_are_reported(world: World) -> None:
+    target = await world.release("1.0", policy=1)
+    async with world.agent():
+        generation = await world.desire(target)
+        await world.reached(generation)
+        world.generation -= 1
+        await world.desire(target, rollout="r2")
+
+        async def said() -> bool:
+            return any(s.refusal and s.refusal.code == Code.HOST_GENERATION for s in await world.statuses())
+
+        await eventually(said)
 
 
 async def test_a_package_that_nobody_entitled_signed_never_runs(world: World) -> None:

@@ -25,6 +25,7 @@ from loopback.host.decide import (
     Accepted,
     Answer,
     Identity,
+    Older,
     StepName,
     Undo,
     check_desired,
@@ -133,6 +134,45 @@ def test_4_generations_only_grow_and_each_has_one_content(host: Host) -> None:
     assert host.refused(other) == Code.HOST_GENERATION
 
 
+def test_4_no_generation_is_out_of_reach_or_beyond_its_documents(host: Host) -> None:
+    def malformed(*entries: DesiredModule, **changes: Any) -> None:
+        signed = host.signers.sealed(host.document(*entries, **changes))
+        assert host.refused(signed) == Code.ENVELOPE_MALFORMED
+
+    malformed(generation=2**53)
+    malformed(generation=-1)
+    malformed(host.entry(generation=6), generation=5)
+    malformed(host.entry(generation=-1), generation=5)
+    assert host.ask(generation=2**53 - 1) is Answer.CHANGE
+
+
+def test_4_a_late_message_is_told_from_two_contents_of_one_generation(host: Host) -> None:
+    with pytest.raises(Older):
+        host.check(host.signers.sealed(host.document(generation=3)))
+    host.state = host.check(host.signers.sealed(host.document(host.entry()))).state
+    with pytest.raises(Refused) as caught:
+        host.check(host.signers.sealed(host.document(host.entry(rollout="r2"))))
+    assert not isinstance(caught.value, Older)
+
+
+def test_4_a_document_names_a_module_once(host: Host) -> None:
+    twice = host.document(host.entry(), host.entry(rollout="r2"))
+    assert host.refused(host.signers.sealed(twice)) == Code.ENVELOPE_MALFORMED
+
+
+@pytest.mark.parametrize("digest", ["", "../../../etc/x", "A" * 64, "a" * 63, "a" * 65, "a" * 64 + "\n"])
+def test_4_what_becomes_a_path_is_a_digest(host: Host, digest: str) -> None:
+    for target in (msgspec.structs.replace(NEW, package=digest), msgspec.structs.replace(NEW, policy=digest)):
+        signed = host.signers.sealed(host.document(host.entry(target)))
+        assert host.refused(signed) == Code.ENVELOPE_MALFORMED
+
+
+@pytest.mark.parametrize("changes", [{"module": "m" * 5000}, {"module": ""}, {"rollout": "r" * 5000}])
+def test_4_names_are_names(host: Host, changes: dict[str, Any]) -> None:
+    entry = msgspec.structs.replace(host.entry(), **changes)
+    assert host.refused(host.signers.sealed(host.document(entry))) == Code.ENVELOPE_MALFORMED
+
+
 # 5, 6: the host's record
 
 
@@ -150,6 +190,30 @@ def test_5_the_record_is_signed_by_an_admin_and_not_older_than_the_one_known(hos
     assert host.ask(record=host.signers.command(elsewhere)) == Code.SCOPE_VIOLATION
     host.state = msgspec.structs.replace(host.state, record_at=NOW + timedelta(days=1))
     assert host.ask() == Code.SCOPE_VIOLATION, "old labels cannot be brought back"
+
+
+def test_5_a_host_that_was_taken_away_is_not_brought_back_by_its_old_record(host: Host) -> None:
+    old = host.record
+    put = HostPut(**host.signers.times(), host="h1", public_key=host.key.public.text, absent=True)
+    gone = msgspec.structs.replace(put, issued_at=NOW + timedelta(hours=1))
+    accepted = host.check(host.signers.sealed(host.document(generation=5, record=host.signers.command(gone))))
+    host.state = accepted.state
+    assert host.state.record_at == gone.issued_at
+    assert host.ask(host.entry(generation=6), record=old) == Code.SCOPE_VIOLATION
+
+
+def test_5_only_a_record_that_is_signed_and_this_hosts_is_remembered(host: Host) -> None:
+    later = host.signers.times() | {"issued_at": NOW + timedelta(hours=1)}
+    for record in (
+        host.signers.command(HostPut(**later, host="h2", public_key=host.key.public.text)),
+        host.signers.command(
+            HostPut(**later, host="h1", public_key=host.key.public.text), SigningKey.generate()
+        ),
+    ):
+        assert (
+            host.check(host.signers.sealed(host.document(generation=5, record=record))).state.record_at
+            is None
+        )
 
 
 def test_6_the_record_is_that_of_this_host_and_key(host: Host) -> None:
@@ -416,6 +480,17 @@ def test_14_a_change_starts_only_within_the_scopes_time(host: Host) -> None:
     later = {"scope": {"not_before": NOW + timedelta(minutes=30)}}
     assert host.ask(host.entry(start=later)) == Code.SCOPE_EXPIRED
     assert host.ask(host.entry(start=later), now=NOW + timedelta(minutes=31)) is Answer.CHANGE
+
+
+def test_14_times_at_the_calendars_edges_are_compared_like_all_others(host: Host) -> None:
+    first, last = datetime(1, 1, 1, tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+    assert host.ask(host.entry(start={"scope": {"not_before": first, "not_after": last}})) is Answer.CHANGE
+    assert (
+        host.ask(host.entry(start={"scope": {"not_before": last, "not_after": last}})) == Code.SCOPE_EXPIRED
+    )
+    assert host.ask(host.entry(start={"issued_at": last})) == Code.SCOPE_EXPIRED
+    back = came(host, host.entry(start={"scope": {"not_before": first, "not_after": last}}))
+    assert host.ask(back) is Answer.CHANGE
 
 
 def test_14_a_change_starts_only_before_its_deadline(host: Host) -> None:

@@ -144,6 +144,23 @@ def test_another_target_starts_with_a_clean_count() -> None:
     assert state.attempts == 0
 
 
+def test_a_target_that_was_never_tried_is_not_given_up_for_another_ones_interruptions() -> None:
+    state = msgspec.structs.replace(start(OLD), target=NEW, attempts=transitions.MAX_ATTEMPTS)
+    other = msgspec.structs.replace(NEW, version="1.2", package="e" * 64)
+    refused = transitions.reject(state, Refusal(Code.HOST_EXPECTED, "x"), entry(other, 3))
+    assert (refused.target, refused.attempts) == (other, 0)
+    same = transitions.reject(state, Refusal(Code.HOST_LOOP, "x"), entry(NEW, 3))
+    assert same.attempts == transitions.MAX_ATTEMPTS, "asking again does not forgive it"
+    assert transitions.settle(state, 3, "r3", False).attempts == 0
+
+
+def test_a_reason_is_kept_no_longer_than_a_report_has_room_for() -> None:
+    state = transitions.reject(start(OLD), Refusal(Code.MODULE_DIED, "x" * 10**6, "\udcff" * 10**4))
+    assert state.refusal is not None
+    assert len(state.refusal.reason) == len(state.refusal.next_step) == transitions.MAX_REASON
+    assert len(msgspec.json.encode(state)) < 10_000
+
+
 @given(st.data())
 def test_no_walk_of_changes_kills_and_returns_ends_between_two_states(data: st.DataObject) -> None:
     """Any sequence of changes, each cut off anywhere by a kill, by a failure, or not at all."""
