@@ -46,7 +46,7 @@ REASONS: Final = (
     "broken", "off",
 )  # fmt: skip
 PARSED: Final = ("parsed", "essential", "unparsed", "truncated")
-FLOW_STAGES: Final = ("opening", "open", "closing")
+FLOW_STAGES: Final = ("opening", "open", "closing", "reset")
 PROBE_ACTIVE: Final = 0xFF
 
 _address = ct.c_uint8 * 16

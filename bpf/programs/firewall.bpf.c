@@ -187,7 +187,8 @@ __noinline int judge(struct packet *packet, __u32 index, __u32 direction, struct
 		judge_new(packet, slot, direction, packet->inner ? FW_INVALID : FW_NEW, answer);
 		return 0;
 	}
-	opening = packet->protocol == PROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
+	/* with FIN beside it too: some stacks open a connection by that */
+	opening = packet->protocol == PROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
 	swapped = packet_key(packet, &key);
 	flow = bpf_map_lookup_elem(&flows, &key);
 	if (flow && !flow_alive(flow, &key, times, now))
@@ -202,6 +203,14 @@ __noinline int judge(struct packet *packet, __u32 index, __u32 direction, struct
 		__u32 side = reply ? flow->direction : direction;
 
 		if (flow->sides[side & 1].allowed) {
+			if (!reply && slot->flags & FW_USES_INTERFACES &&
+			    flow->sides[side & 1].ifindex != packet->ifindex) {
+				/* Rules name devices, and what was allowed on one is not on another: a bridge above its
+				 * port, or somebody who uses a neighbour's address elsewhere. */
+				classify(packet, ASK(slot->epoch, direction, FW_NEW, 1), LOOK_UP_INTERFACE, answer);
+				if (answer->verdict == FW_DROP)
+					return 0;
+			}
 			if (flow_allowed(flow, &key, slot, side, answer))
 				flow_touch(flow, packet, reply, times, now);
 			return 0;

@@ -166,6 +166,7 @@ enum fw_flow_stage {
 	FW_FLOW_OPENING = 0, /* only one side was seen */
 	FW_FLOW_OPEN = 1,
 	FW_FLOW_CLOSING = 2,
+	FW_FLOW_RESET = 3, /* open, and somebody said that it is not; whoever goes on talking proves him wrong */
 };
 
 /* What one hook direction said about the flow's original packet. */

@@ -65,8 +65,8 @@ static __always_inline __u32 flow_timeout(struct fw_config *times, __u8 protocol
 {
 	if (protocol == PROTO_TCP)
 		return stage == FW_FLOW_OPEN	  ? times->timeout_established :
-		       stage == FW_FLOW_CLOSING ? times->timeout_closing :
-						  times->timeout_syn;
+		       stage == FW_FLOW_OPENING ? times->timeout_syn :
+						  times->timeout_closing;
 	if (protocol == PROTO_UDP || protocol == PROTO_UDPLITE)
 		return stage == FW_FLOW_OPEN ? times->timeout_udp_replied : times->timeout_udp;
 	if (protocol == PROTO_ICMP || protocol == PROTO_ICMPV6)
@@ -142,8 +142,15 @@ static __always_inline void flow_touch(struct fw_flow *flow, struct packet *pack
 	if (now - flow->seen >= times->touch)
 		flow->seen = now;
 	if (packet->protocol == PROTO_TCP) {
-		if (packet->tcp_flags & (TCP_RST | TCP_FIN)) {
+		if (packet->tcp_flags & TCP_RST && (flow->stage == FW_FLOW_OPEN || flow->stage == FW_FLOW_RESET)) {
+			/* sequence numbers are not followed: anybody who guesses the ports can forge it */
+			flow->stage = FW_FLOW_RESET;
+			flow->seen = now;
+		} else if (packet->tcp_flags & (TCP_RST | TCP_FIN)) {
 			flow->stage = FW_FLOW_CLOSING;
+			flow->seen = now;
+		} else if (flow->stage == FW_FLOW_RESET) {
+			flow->stage = FW_FLOW_OPEN;
 			flow->seen = now;
 		} else if (reply && flow->stage == FW_FLOW_OPENING) {
 			flow->stage = FW_FLOW_OPEN;
@@ -172,7 +179,7 @@ static __noinline int flow_remember(struct packet *packet, struct fw_slot *slot,
 		flow->sides[direction].allowed = slot->epoch;
 		flow->sides[direction].identity = identity;
 		flow->sides[direction].ifindex = packet->ifindex;
-		if (flow->stage == FW_FLOW_CLOSING && packet->tcp_flags & TCP_SYN)
+		if (flow->stage >= FW_FLOW_CLOSING && packet->tcp_flags & TCP_SYN)
 			flow->stage = FW_FLOW_OPENING; /* the ports are used again */
 		flow->seen = now;
 		return 0;
@@ -290,7 +297,8 @@ static __always_inline void fragment_key(struct packet *packet, __u32 direction,
 	key->destination[0] = packet->destination[0];
 	key->destination[1] = packet->destination[1];
 	key->id = packet->fragment_id;
-	key->protocol = packet->protocol;
+	/* IPv6: the first fragment's is behind its extension headers, and the later ones do not tell it (RFC 8200, 4.5) */
+	key->protocol = packet->family == 4 ? packet->protocol : 0;
 	key->family = packet->family;
 	key->direction = direction;
 	key->pad = 0;

@@ -78,7 +78,12 @@ class Attachments:
         for index in self._links.keys() - {d.index for d in present}:
             self._pins.unpin_link(index)
             self._links.pop(index).close()
-        return [self._put(device, programs) for device in present]
+        self._leave_others()
+        found = [self._put(device, programs) for device in present]
+        if any(one.problem for one in found):  # a device that went meanwhile is no problem
+            present = self.devices()
+        there = {device.index for device in present}
+        return [one for one in found if one.ifindex in there]
 
     def _put(self, device: Device, programs: Mapping[str, Program]) -> Attachment:
         try:
@@ -141,13 +146,28 @@ class Attachments:
         for device in self.devices():
             for point in (TC_INGRESS, TC_EGRESS):
                 if hooks.tc_program(device.index, point):
-                    try:
-                        hooks.tc_detach(device.index, point)
-                    except OSError as error:
-                        if error.errno != errno.ENODEV:
-                            raise Refused(
-                                Code.KERNEL_REFUSED, f"kernel: taking TC from {device.name}: {error}"
-                            ) from None
+                    self._detach(device, point)
+        self._leave_others()
+
+    def _leave_others(self) -> None:
+        """Take our filters from devices that are not ours to guard any more: renamed, or not wanted by new settings."""
+        try:
+            others = [device for device in rtnl.devices() if not self._covers(device)]
+        except OSError as error:
+            raise Refused(Code.KERNEL_UNSUPPORTED, f"kernel: cannot list devices: {error}") from None
+        ours = set().union(*self._pins.program_sets().values()) if others else set()
+        for device in others:
+            for point in (TC_INGRESS, TC_EGRESS):
+                if hooks.tc_program(device.index, point) in ours:
+                    self._detach(device, point)
+
+    @staticmethod
+    def _detach(device: Device, point: int) -> None:
+        try:
+            hooks.tc_detach(device.index, point)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise Refused(Code.KERNEL_REFUSED, f"kernel: taking TC from {device.name}: {error}") from None
 
     def close(self) -> None:
         """Give descriptors back; what is pinned stays attached."""

@@ -19,6 +19,7 @@ from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import compile as compiler
 from loopback.modules.firewall import packets
 from loopback.modules.firewall.attach import Attachment, Attachments
+from loopback.modules.firewall.clock import jiffies_per_second
 from loopback.modules.firewall.model import Action, Direction, FirewallPolicy, Packet
 from loopback.modules.firewall.packets import Verdict
 from loopback.modules.firewall.pins import Pins
@@ -28,7 +29,6 @@ ADOPTION_S: Final = (
     300  # after it is first switched on, TCP connections that were there before are taken over
 )
 _TICK_NS: Final = 1 << layout.TICK_SHIFT
-_HZ: Final = (100, 250, 300, 1000)  # what Linux is built with
 #: Seconds. TCP's and UDP's follow nf_conntrack, but an idle connection lives a day, not five.
 _TIMEOUTS: Final = {
     "timeout_syn": 60, "timeout_established": 86400, "timeout_closing": 60, "timeout_udp": 30,
@@ -58,7 +58,8 @@ class Datapath:
         self._maps, self._programs = self._loaded.maps, self._loaded.programs
         self._hooks = Attachments(self._pins, interfaces if root else ())
         self._inner: dict[str, Map] = {}
-        self._staged: tuple[int, FirewallPolicy, str] | None = None  # epoch, policy, digest
+        self._staged: int | None = None  # epochs
+        self._committed: int | None = None
         self.attachments: list[Attachment] = []
         self.adopted = False
         if root:
@@ -125,24 +126,30 @@ class Datapath:
                     self._inner[name] = inner
 
     def _adopt_hooks(self) -> None:
-        live = self._hooks.live()
-        sets = self._pins.program_sets()
-        running = next((name for name, ids in sets.items() if ids & live), None)
         trial = self._store.trial
-        if trial and trial.old == self._pins.name and running == trial.new:
+        if trial and trial.old == self._pins.name:
             # The version that was on trial is gone and we, its predecessor, were started again: back to our programs.
             if self.on_trial:
                 self._normalise(revert=True)
             self.attachments = self._hooks.put(self._programs)
             self._store.set_trial(None)
-            running = self._pins.name
-        self.adopted = running == self._pins.name and self.generation != 0
+        self.adopted = self._in_charge() == self._pins.name and self.generation != 0
         if self.adopted:
             self.attachments = self._hooks.put(self._programs)
 
+    def _in_charge(self) -> str:
+        """Whose programs guard the devices: ours, unless another version's do, which then hold until a commit."""
+        others = self._others_live()
+        ours = self._pins.program_sets().get(self._pins.name, set()) & self._hooks.live()
+        return others[0] if others and not ours else self._pins.name
+
+    def _others_live(self) -> list[str]:
+        live = self._hooks.live()
+        return [n for n, ids in self._pins.program_sets().items() if n != self._pins.name and ids & live]
+
     def _configure(self, there: bool) -> None:
         """Write the timeouts in jiffies, whose rate only the kernel knows."""
-        rate = self._jiffies_per_second()
+        rate = jiffies_per_second(self._clock)
         before = self._maps["config"].lookup(bytes(4)) if there else None
         adopt = layout.Config.from_buffer_copy(before).adopt_until if before else 0
         self._write_config(rate, adopt)
@@ -151,20 +158,6 @@ class Datapath:
     def _write_config(self, rate: int, adopt_until: int) -> None:
         values = {name: seconds * rate for name, seconds in _TIMEOUTS.items()}
         self._maps["config"].update(bytes(4), layout.Config(**values, adopt_until=adopt_until))
-
-    def _jiffies_per_second(self) -> int:
-        """Jiffies start at -300 s and count the time since boot; when that fits several rates, two looks decide."""
-        clock = self._clock()
-        up = clock.monotonic_ns / 1e9
-        fitting = [
-            hz for hz in _HZ if abs((clock.jiffies - ((1 << 32) - 300 * hz)) / hz - up) < 2 + up * 1e-3
-        ]
-        if len(fitting) == 1:
-            return fitting[0]
-        time.sleep(0.1)
-        later = self._clock()
-        rate = (later.jiffies - clock.jiffies) * 1e9 / (later.monotonic_ns - clock.monotonic_ns)
-        return int(min(_HZ, key=lambda hz: abs(hz - rate)))
 
     def _clock(self) -> layout.Clock:
         clock = layout.Clock()
@@ -183,15 +176,29 @@ class Datapath:
             raise Refused(
                 Code.MODULE_ABI, "a committed policy waits for its confirmation", "confirm or revert it first"
             )
-        identities = compiler.assign(self._store.identities, [rule.name for rule in policy.rules])
+        identities = compiler.assign(self._identities(), [rule.name for rule in policy.rules])
         compiled = compiler.compile_policy(policy, identities, _digest_bytes(digest))
+        self._clear_counters(identities)
         self._store.set_identities(identities)
         self._base_for_other_layout()
         epoch = self._write(compiled, policy, digest)
         self._staged = None
         self.prove(policy, epoch & 1)
-        self._staged = (epoch, policy, digest)
+        self._staged = epoch
         return {"generation": str(epoch), "rules": str(len(policy.rules)), "entries": str(compiled.entries)}
+
+    def _identities(self) -> dict[str, int]:
+        """Counters by rule, those of the policy in force last: where room is short, others are given up first."""
+        record = self._record(self.generation)
+        names = {rule.name for rule in record.policy.rules} if record and record.policy else set()
+        return dict(sorted(self._store.identities.items(), key=lambda item: item[0] in names))
+
+    def _clear_counters(self, identities: dict[str, int]) -> None:
+        """A rule that gets the counter of one that was given up begins at nothing."""
+        given_up = {slot for name, slot in self._store.identities.items() if name not in identities}
+        nothing = bytes(ct.sizeof(layout.Counter) * loader.possible_cpus())
+        for slot in given_up & set(identities.values()):
+            self._maps["counters"].update(struct.pack("=I", slot), nothing)
 
     def _write(self, compiled: compiler.Compiled, policy: FirewallPolicy, digest: str) -> int:
         """Fill the idle slot. The epoch it got."""
@@ -240,10 +247,6 @@ class Datapath:
         self._write_config(self._rate, self.tick + ADOPTION_S * 10**9 // _TICK_NS)
         self._maps["active"].store_word(layout.active_word(epoch))
 
-    def _others_live(self) -> bool:
-        live = self._hooks.live()
-        return any(ids & live for name, ids in self._pins.program_sets().items() if name != self._pins.name)
-
     def prove(self, policy: FirewallPolicy, index: int) -> None:
         """Run the policy's own tests through the real program on a slot. Raises Refused(POLICY_TEST_FAILED)."""
         verdicts = self.explain([test.packet for test in policy.tests], slot=index)
@@ -270,8 +273,10 @@ class Datapath:
         """
         if self._staged is None:
             raise Refused(Code.MODULE_ABI, "nothing is staged")
-        epoch, _policy, _digest = self._staged
-        before = self.word()[0]
+        epoch, before = self._staged, self.word()[0]
+        if epoch & 1 == before & 1 or not self._is_ours(epoch & 1):
+            self._staged = None
+            raise Refused(Code.MODULE_ABI, "another process has staged a policy since", "stage it again")
         self._attach()
         if before == 0:
             self._write_config(self._rate, self.tick + ADOPTION_S * 10**9 // _TICK_NS)
@@ -279,16 +284,22 @@ class Datapath:
         if trial_s > 0:
             deadline = -(-(self._boot_ns() + round(trial_s * 1e9)) // _TICK_NS)
         self._maps["active"].store_word(layout.active_word(epoch, before, deadline))
-        self._staged = None
+        self._staged, self._committed = None, epoch
         if not deadline:
             self._keep()
+
+    def _is_ours(self, index: int) -> bool:
+        """Whether the slot still holds what we wrote to it."""
+        pinned = self._pins.inner(f"slot-{index}")
+        if pinned is None:
+            return self._pins.root is None
+        pinned.close()
+        return pinned.id == self._inner[f"slot-{index}"].id
 
     def _attach(self) -> None:
         if self._pins.root is None:
             return
-        live = self._hooks.live()
-        others = [n for n, ids in self._pins.program_sets().items() if n != self._pins.name and ids & live]
-        if others:
+        if others := self._others_live():
             self._store.set_trial(Trial(old=others[0], new=self._pins.name))
         self.attachments = self._hooks.put(self._programs)
         failed = [a for a in self.attachments if a.problem]
@@ -299,6 +310,8 @@ class Datapath:
     def confirm(self) -> None:
         """Keep what was committed. Raises Refused(HOST_UNCONFIRMED) when the deadline has passed: it holds no more."""
         epoch, _fallback, deadline = self.word()
+        if self._committed is not None and self._committed & 0xFFFF != epoch:
+            raise Refused(Code.HOST_UNCONFIRMED, "what was committed does not hold any more")
         if deadline:
             if self.tick + 1 >= deadline:
                 self.revert()
@@ -317,7 +330,7 @@ class Datapath:
 
     def revert(self) -> None:
         """Return to what held before the commit; harmless when nothing is on trial. Raises Refused(KERNEL_*)."""
-        self._staged = None
+        self._staged = self._committed = None
         was = self.on_trial
         self._normalise(revert=True)
         if was or self._store.trial:
@@ -327,16 +340,19 @@ class Datapath:
         """The programs that were there before ours, or none."""
         trial = self._store.trial
         if trial and trial.new == self._pins.name:
-            programs = self._pins.programs_of(trial.old)
-            try:
-                self.attachments = self._hooks.put(programs)
-            finally:
-                for program in programs.values():
-                    program.close()
+            self._put_other(trial.old)
             self._store.set_trial(None)
         elif self.word()[0] == 0:
             self._hooks.take_away()
             self.attachments = []
+
+    def _put_other(self, name: str) -> None:
+        programs = self._pins.programs_of(name)
+        try:
+            self.attachments = self._hooks.put(programs)
+        finally:
+            for program in programs.values():
+                program.close()
 
     def _normalise(self, *, revert: bool = False) -> None:
         """Write down what the kernel decided when a deadline passed; with `revert`, decide it now."""
@@ -347,14 +363,17 @@ class Datapath:
     # ── devices ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def cover(self) -> list[Attachment]:
-        """Cover devices that appeared, and tell the policies their numbers. Does nothing before a commit. Raises Refused."""
-        if self._pins.root is not None and self.word()[0]:
+        """Cover devices that appeared, by the version in charge; tell the policies their numbers. Raises Refused."""
+        holder = self._in_charge()
+        if self._pins.root is not None and (self.word()[0] or holder != self._pins.name):
             for index in range(layout.SLOTS):
                 inner, record = self._inner.get(f"interfaces-{index}"), self._store.slots.get(index)
                 if inner is not None and record is not None:
                     self._fill_interfaces(inner, record)
-            if not (self._store.trial and self._store.trial.old == self._pins.name):
+            if holder == self._pins.name:
                 self.attachments = self._hooks.put(self._programs)
+            else:
+                self._put_other(holder)
         return self.attachments
 
     def uncovered(self) -> list[str]:
@@ -380,7 +399,7 @@ class Datapath:
         Raises Refused(POLICY_INVALID) for a packet that cannot be.
         """
         if slot is None:
-            slot = self._staged[0] & 1 if self._staged else layout.PROBE_ACTIVE
+            slot = self._staged & 1 if self._staged else layout.PROBE_ACTIVE
         record = self._store.slots.get((self.generation if slot == layout.PROBE_ACTIVE else slot) & 1)
         names = [rule.name for rule in record.policy.rules] if record and record.policy else []
         bits = {name: 1 << place for place, name in enumerate(record.interfaces if record else ())}

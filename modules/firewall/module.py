@@ -28,7 +28,7 @@ from loopback.modules.sdk import Module, package_dir
 DEFAULT_BPF_ROOT: Final = "/sys/fs/bpf/loopback"
 OBJECT: Final = Path("bpf") / "firewall.bpf.o"
 EVENTS_PER_SECOND: Final = 50  # more sampled packets than that are counted and not sent
-SETTLE_S: Final = 0.05  # a new device comes with a burst of messages
+SETTLE_S: Final = 0.05  # after covering: a new device comes with a burst of messages
 
 T = TypeVar("T")
 log = logging.getLogger("loopback.firewall")
@@ -122,7 +122,6 @@ class FirewallModule(Module):
         known: list[rtnl.Device] = []
         while (present := rtnl.devices()) != known:
             known = present
-            await asyncio.sleep(SETTLE_S)
             before = {a.ifindex for a in self._attachments()}
             try:
                 found = await self._do(lambda d: d.cover())
@@ -138,6 +137,7 @@ class FirewallModule(Module):
                         note=one.note,
                         problem=one.problem,
                     )
+            await asyncio.sleep(SETTLE_S)
 
     def _attachments(self) -> list[Attachment]:
         return list(self._datapath.attachments) if self._datapath else []

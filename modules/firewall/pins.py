@@ -180,6 +180,8 @@ class Pins:
 
 def _clear(folder: Path) -> None:
     if folder.is_dir():
+        for last in (MAPS[-1], PROGRAMS[-1]):  # first to go: half a folder must not count as a whole one
+            (folder / last).unlink(missing_ok=True)
         for path in folder.iterdir():
             path.unlink()
         with contextlib.suppress(FileNotFoundError):
