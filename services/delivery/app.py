@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Final
 
@@ -37,8 +38,8 @@ async def start(service: Service) -> None:
     working: set[str] = set()
 
     def on_workspace(stored: Stored) -> None:
-        workspace = subjects.parse(stored.subject).workspace
-        if workspace not in working:
+        workspace = workspace_of(stored, service.log)
+        if workspace is not None and workspace not in working:
             working.add(workspace)
             group.create_task(
                 bus.consume(
@@ -66,6 +67,15 @@ async def start(service: Service) -> None:
             MetadataPublish: (Role.ADMIN, handlers.publish_metadata),
         },
     )
+
+
+def workspace_of(stored: Stored, log: logging.Logger) -> str | None:
+    """The workspace that a record is of; None, said in the log, where its subject is none that could have been made."""
+    try:
+        return subjects.parse(stored.subject).workspace
+    except Refused as refused:
+        log.error("%s (sequence %d) is left out: %s", stored.subject, stored.sequence, refused)
+        return None
 
 
 async def renew(service: Service, store: Store, every_s: float = RENEW_EVERY_S) -> None:

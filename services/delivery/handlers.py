@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
@@ -23,6 +24,8 @@ from loopback.services.delivery.store import Store
 from loopback.trust import blobs, package
 from loopback.trust.manifest import Manifest
 from loopback.trust.repository import target_path
+
+log = logging.getLogger(__name__)
 
 NAME: Final = "delivery"
 REMEMBERED: Final = 256  # digests of content that was found whole; blobs never change once stored
@@ -80,7 +83,13 @@ class Handlers:
 
     async def on_created(self, stored: Stored) -> None:
         """A rollout was created: say whether its release and policy are completely there. Said once, whoever says it."""
-        link = journal.decode(stored.data)
+        try:
+            link = journal.decode(stored.data)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            log.error(
+                "%s (sequence %d) is dropped: it is no link: %s", stored.subject, stored.sequence, error
+            )
+            return
         created = link.event
         if not isinstance(created, journal.Created):
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ipaddress
+import logging
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Final
@@ -21,6 +22,8 @@ from loopback.services._runtime.bus import Bus, Conflict, Outgoing, Stored
 from loopback.services._runtime.commands import Accepted, CommandContext
 from loopback.services.eligibility import decide
 from loopback.services.eligibility.store import INPUTS, Fleet, Host, Source
+
+log = logging.getLogger(__name__)
 
 NAME: Final = "eligibility"
 OFFERS_IN_FLIGHT: Final = 32  # publishes at once while a change is worked through a large fleet
@@ -127,7 +130,9 @@ class Handlers:
 
     async def on_record(self, stored: Stored) -> None:
         """A host's record or an entitlement changed."""
-        parsed = subjects.parse(stored.subject)
+        parsed = parse(stored)
+        if parsed is None:
+            return
         kind, name = parsed.rest
         if kind == "host":
             await self._refresh(stored, lambda: [(parsed.workspace, name)])
@@ -140,8 +145,10 @@ class Handlers:
 
     async def on_inventory(self, stored: Stored) -> None:
         """A host said what it is. Whether it was that host itself is judged when the inventory is folded."""
-        parsed = subjects.parse(stored.subject)
-        await self._refresh(stored, lambda: [(parsed.workspace, parsed.rest[0])])
+        parsed = parse(stored)
+        if parsed is not None:
+            host = parsed.workspace, parsed.rest[0]
+            await self._refresh(stored, lambda: [host])
 
     async def _refresh(self, stored: Stored, affected: Callable[[], Iterable[Host]]) -> None:
         """Publish the offers that a change changes, each once, however many replicas see changes at the same time.
@@ -212,7 +219,13 @@ class Handlers:
 
     async def on_created(self, stored: Stored) -> None:
         """A rollout was created: say which of its hosts may not have its version. Said once, whoever says it."""
-        link = journal.decode(stored.data)
+        try:
+            link = journal.decode(stored.data)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            log.error(
+                "%s (sequence %d) is dropped: it is no link: %s", stored.subject, stored.sequence, error
+            )
+            return
         created = link.event
         if not isinstance(created, journal.Created):
             return
@@ -261,6 +274,15 @@ class Handlers:
             release,
         )
         return msgspec.structs.replace(given, refused=refused)
+
+
+def parse(stored: Stored) -> subjects.Parsed | None:
+    """What a subject names; None, said in the log, where it is none that could have been made."""
+    try:
+        return subjects.parse(stored.subject)
+    except Refused as refused:
+        log.error("%s (sequence %d) is dropped: %s", stored.subject, stored.sequence, refused)
+        return None
 
 
 def check_host(command: HostPut) -> None:

@@ -16,6 +16,7 @@ import msgspec
 
 from loopback.contracts import reports, subjects
 from loopback.contracts.codes import Refused
+from loopback.contracts.decoding import Decoder
 from loopback.contracts.envelope import payload_of
 from loopback.contracts.keys import PublicKey
 from loopback.contracts.messages import (
@@ -34,6 +35,9 @@ Host = tuple[str, str]  # workspace, host
 CATCH_UP_S: Final = (
     60.0  # then the message is handled again later; twice the bus's own patience with the broker
 )
+_RECORDS: Final[Decoder[Record]] = Decoder(msgspec.json.Decoder(Record))
+_OFFERS: Final[Decoder[Offer]] = Decoder(msgspec.json.Decoder(Offer))
+_RELEASES: Final[Decoder[Release]] = Decoder(msgspec.json.Decoder(Release))
 
 
 class Source(Enum):
@@ -110,18 +114,18 @@ class Fleet:
         try:
             match source:
                 case Source.RECORDS:
-                    self._record(msgspec.json.decode(stored.data, type=Record))
+                    self._record(_RECORDS.decode(stored.data))
                 case Source.OFFERS:
-                    offer = msgspec.json.decode(stored.data, type=Offer)
+                    offer = _OFFERS.decode(stored.data)
                     self.offers[offer.workspace, offer.host] = (stored.sequence, offer)
                 case Source.RELEASES:
-                    release = msgspec.json.decode(stored.data, type=Release)
+                    release = _RELEASES.decode(stored.data)
                     self.releases[release.module, release.digest] = release
                 case Source.INVENTORIES:
                     workspace, host, _ = reports.sender(stored.subject)
                     self._unverified[workspace, host] = stored
                     self._inventory((workspace, host))
-        except (msgspec.MsgspecError, Refused) as error:
+        except (msgspec.MsgspecError, RecursionError, Refused) as error:
             self._log.warning("%s #%d left out: %s", stored.subject, stored.sequence, error)
         self._advance(source, stored.sequence)
 
@@ -154,6 +158,7 @@ class Fleet:
         command = decode_command(payload_of(record.envelope))
         match command:
             case WorkspacePut():
+                subjects.workspace_stream(record.name)  # refuses a name that no stream can have
                 self.workspaces[record.name] = command
                 self._workspace_appeared(record.name)
             case EntitlementPut():

@@ -114,6 +114,25 @@ def test_whatever_lies_in_a_stream_the_fold_goes_on(data, source):
     assert ("prod", "web-1") in fleet.hosts
 
 
+@pytest.mark.parametrize("data", [b'{"kind":"\xff"}', b"[" * 5000])
+def test_text_that_is_no_text_and_endless_nesting_are_left_out(data):
+    for source in (Source.RECORDS, Source.OFFERS, Source.RELEASES):
+        assert ("prod", "web-1") in folded(
+            (source, stored("lb.ws.prod.x.y", data, 3)), host(sequence=4)
+        ).hosts
+
+
+@pytest.mark.parametrize("name", ["", "x" * 300, "*"])
+def test_a_workspace_that_no_stream_can_be_named_after_does_not_appear(name):
+    command = WorkspacePut(**FIELDS, environment="sandbox")
+    sealed = envelope.seal(envelope.COMMAND, msgspec.json.encode(command), OPERATOR)
+    body = Record(kind="workspace", name=name, workspace="prod", envelope=sealed, at=NOW, sequence=1)
+    appeared: list[str] = []
+    fleet = Fleet(logging.getLogger("test"), appeared.append)
+    fleet.fold(Source.RECORDS, stored("lb.ws.prod.record.workspace.prod", msgspec.json.encode(body)))
+    assert appeared == []
+
+
 class Leader:
     """Answers what the newest message is."""
 
