@@ -9,7 +9,7 @@ import ssl
 import tomllib
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -218,7 +218,8 @@ class Session:
 
     async def read(self, stream: str, filters: Sequence[str], *, last: bool = False) -> list[Message]:
         """Everything stored now under these subjects, oldest first; with `last`, the newest of each subject."""
-        return [message async for message in self.follow(stream, filters, last=last, forever=False)]
+        async with aclosing(self.follow(stream, filters, last=last, forever=False)) as messages:
+            return [message async for message in messages]
 
     async def follow(
         self, stream: str, filters: Sequence[str], *, last: bool = False, forever: bool = True

@@ -87,7 +87,8 @@ def list_entitlements(workspace: Workspace = None, json: fleetio.Json = False) -
 
     async def run() -> list[EntitlementPut]:
         async with context.connect() as session:
-            return await fleetio.records(session, "entitlement", EntitlementPut, workspace or "*")
+            place = await fleetio.any_workspace(session, workspace)
+            return await fleetio.records(session, "entitlement", EntitlementPut, place)
 
     found = asyncio.run(run())
     if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import Annotated, TypeVar
 
@@ -68,11 +69,34 @@ def command_of(record: Record) -> Command:
     return decode_command(payload_of(record.envelope))
 
 
+async def any_workspace(session: context.Session, given: str | None) -> str:
+    """The workspace that was named, or `*` for all of them. Raises Refused(WORKSPACE_UNKNOWN), naming what is near."""
+    if given is None:
+        return subjects.EVERY
+    return _existing(given, await _workspaces(session))
+
+
+async def _workspaces(session: context.Session) -> list[str]:
+    return [w.workspace for w in await records(session, "workspace", WorkspacePut)]
+
+
+def _existing(given: str, known: Sequence[str]) -> str:
+    if given in known:
+        return given
+    near = difflib.get_close_matches(given, known, n=3)
+    meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise Refused(
+        Code.WORKSPACE_UNKNOWN,
+        f"there is no workspace {given!r}{meant}",
+        "see 'loopback workspace list'" if known else "make one with 'loopback workspace put'",
+    )
+
+
 async def only_workspace(session: context.Session, given: str | None) -> str:
     """The workspace that was named, or the only one there is. Raises Refused(WORKSPACE_UNKNOWN)."""
+    known = await _workspaces(session)
     if given:
-        return given
-    known = [w.workspace for w in await records(session, "workspace", WorkspacePut)]
+        return _existing(given, known)
     if len(known) == 1:
         return known[0]
     raise Refused(

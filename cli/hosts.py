@@ -56,7 +56,7 @@ def hosts_command(workspace: Workspace = None, json: fleetio.Json = False) -> No
 
     async def run() -> tuple[list[HostPut], dict[tuple[str, str], HostView]]:
         async with context.connect() as session:
-            place = workspace or "*"
+            place = await fleetio.any_workspace(session, workspace)
             return await fleetio.records(session, "host", HostPut, place), await views(session, place)
 
     records, seen = asyncio.run(run())
@@ -280,7 +280,8 @@ def check(host: str, workspace: str, addresses: Sequence[str]) -> None:
 
 async def recorded(session: context.Session, host: str, workspace: str | None) -> HostPut:
     """A host's record. Raises Refused where there is none, or several and no workspace was named."""
-    found = [h for h in await fleetio.records(session, "host", HostPut, workspace or "*") if h.host == host]
+    place = await fleetio.any_workspace(session, workspace)
+    found = [h for h in await fleetio.records(session, "host", HostPut, place) if h.host == host]
     if not found:
         raise Refused(
             Code.ELIGIBILITY_NO_RECORD, f"no record names the host {host!r}", "see 'loopback hosts'"

@@ -322,9 +322,9 @@ def list_rollouts(workspace: In = None, json: fleetio.Json = False) -> None:
 
     async def run() -> list[Rollout]:
         async with context.connect() as session:
-            places = [workspace] if workspace else [
-                w.workspace for w in await fleetio.records(session, "workspace", WorkspacePut)
-            ]  # fmt: skip
+            place = await fleetio.any_workspace(session, workspace)
+            found = await fleetio.records(session, "workspace", WorkspacePut, place)
+            places = [w.workspace for w in found]
             return [r for place in places for r in (await folded(session, place)).rollouts.values()]
 
     found = [rolloutview.summary(r) for r in sorted(asyncio.run(run()), key=lambda r: r.created_at)]
@@ -392,6 +392,7 @@ async def _watch(session: context.Session, workspace: str, name: str, json: bool
         Live(console=Console(), refresh_per_second=4, transient=False) if terminal else nullcontext()
     )
     recent: list[str] = []
+    shown: rolloutview.Shown = {}
     # Closed here, before the connection is: a generator that is merely dropped would try to unsubscribe later.
     async with aclosing(session.follow(stream, filters)) as messages:
         with screen as display:
@@ -402,7 +403,7 @@ async def _watch(session: context.Session, workspace: str, name: str, json: bool
                     continue
                 if link is not None and json:
                     typer.echo(msgspec.json.encode(link).decode())
-                elif link is not None and (said := rolloutview.line(rollout, link)):
+                elif link is not None and (said := rolloutview.line(rollout, link, shown)):
                     recent.append(said)
                     if not terminal:
                         typer.echo(said)

@@ -280,6 +280,9 @@ def _compose(data: bytes, path: Path) -> yaml.Node:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = f"{path}:{line}: not YAML: {error.problem}"
         raise Refused(Code.ROLLOUT_INVALID, problem, "correct the file") from None
+    except yaml.reader.ReaderError as error:
+        problem = f"{path}: no text at byte {error.position}: {error.reason}"
+        raise Refused(Code.ROLLOUT_INVALID, problem, "write the file as YAML in UTF-8") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         problem = f"{path}: not YAML: {error}"
         raise Refused(Code.ROLLOUT_INVALID, problem, "correct the file") from None

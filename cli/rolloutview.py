@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.text import Text
 from loopback.contracts import journal
 from loopback.contracts.codes import Refusal
 from loopback.contracts.desired import Running
+from loopback.contracts.reports import Phase
 from loopback.contracts.rolloutstate import HostProgress, Rollout, Standing, State, WaveProgress, WaveState
 
 _COLOURS = {
@@ -129,13 +129,33 @@ def _counts(wave: WaveProgress) -> str:
     return f"{len(wave.hosts)} hosts" + (f": {', '.join(found)}" if found else "")
 
 
-def line(rollout: Rollout, link: journal.Link) -> str:
-    """One event for a plain log; empty for those that say nothing to a person."""
+#: What was said last of each host: its phase, and why it refused.
+Shown = dict[str, tuple[Phase, str]]
+
+
+def line(rollout: Rollout, link: journal.Link, shown: Shown) -> str:
+    """One event for a plain log; empty for those that say nothing to a person, or nothing new. Keeps `shown`."""
     at = link.at.strftime("%H:%M:%S")
-    return f"{at}  {said}" if (said := _said(rollout, link.event)) else ""
+    return f"{at}  {said}" if (said := _said(rollout, link.event, shown)) else ""
 
 
-def _said(rollout: Rollout, event: journal.AnyEvent) -> str:
+def _observed(event: journal.Observed, shown: Shown) -> str:
+    groups: dict[tuple[Phase, str], list[str]] = {}
+    for seen in event.hosts:
+        now = (seen.phase, _short(seen.refusal.reason) if seen.refusal else "")
+        if shown.get(seen.host) != now:
+            shown[seen.host] = now
+            groups.setdefault(now, []).append(seen.host)
+    return "; ".join(
+        f"{_names(hosts)} {phase}" + (f": {why}" if why else "") for (phase, why), hosts in groups.items()
+    )
+
+
+def _short(reason: str, most: int = 160) -> str:
+    return reason if len(reason) <= most else reason[: most - 1] + "…"
+
+
+def _said(rollout: Rollout, event: journal.AnyEvent, shown: Shown) -> str:
     def wave(index: int) -> str:
         return f"wave {rollout.waves[index].name!r}"
 
@@ -152,13 +172,11 @@ def _said(rollout: Rollout, event: journal.AnyEvent) -> str:
         case journal.WaveStarted(wave=index):
             return f"{wave(index)} begins: {_names(rollout.waves[index].hosts)}"
         case journal.Assigned(hosts=hosts, returning=returning):
+            for assignment in hosts:
+                shown.pop(assignment.host, None)  # the same phase again is another turn's
             return f"{'told to return' if returning else 'assigned'}: {_names([a.host for a in hosts])}"
-        case journal.Observed(hosts=hosts):
-            parts = []
-            for phase, count in Counter(h.phase for h in hosts).items():
-                named = _names([h.host for h in hosts if h.phase is phase])
-                parts.append(f"{named} {phase}" if count else "")
-            return "; ".join(parts)
+        case journal.Observed():
+            return _observed(event, shown)
         case journal.PresenceSeen(lost=lost):
             return f"lost: {_names(lost)}"
         case journal.Expired(hosts=hosts, refusal=refusal):

@@ -427,9 +427,19 @@ def _open(package: Path) -> Iterator[io.BufferedReader]:
         descriptor = os.open(package, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise Refused(Code.PACKAGE_UNKNOWN, f"there is no package {package}") from None
+    try:  # before it becomes a file object, which complains of a folder by its number alone
+        plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError:
+        os.close(descriptor)
+        raise
+    if not plain:
+        os.close(descriptor)
+        raise Refused(
+            Code.PACKAGE_MALFORMED,
+            f"{package} is no plain file",
+            "name the .lbm file itself, as 'loopback module build' printed it",
+        )
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise Refused(Code.PACKAGE_MALFORMED, f"{package} is no plain file")
         yield file
 
 
