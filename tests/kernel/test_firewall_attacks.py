@@ -229,12 +229,20 @@ def test_a_device_that_goes_during_a_commit_is_no_problem(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     datapath = world.open()
-    real = rtnl.devices
-    gone = [Device(index=99999, name="gone0", kind=1, up=True)]
+    going = Device(index=99999, name="gone0", kind=1, up=True)
+    there, real, real_create = [going], rtnl.devices, hooks.XdpLink.create
+
+    def create(index: int, chosen: loader.Program) -> hooks.XdpLink:
+        if index == going.index:
+            there.clear()
+        return real_create(index, chosen)
+
     with inside(world.host):
         datapath.stage(policy_of(SHUT), "ab" * 32)
-        monkeypatch.setattr(rtnl, "devices", lambda: [*real(), *([gone.pop()] if gone else [])])
+        monkeypatch.setattr(rtnl, "devices", lambda: [*real(), *there])
+        monkeypatch.setattr(hooks.XdpLink, "create", create)
         datapath.commit(0)
+    assert not there
     monkeypatch.undo()
     assert [a.device for a in datapath.attachments] == ["eth0"]
     assert world.arriving(PROBE) == [False]
@@ -364,11 +372,12 @@ def test_what_expired_cannot_be_confirmed_after_another_staging(world: World) ->
     assert refused.value.code is Code.HOST_UNCONFIRMED
 
 
+@pytest.mark.parametrize("steps", [0, 1, 4, 12, 20])
 def test_killed_while_it_removes_itself_it_can_start_again(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     datapath = world.enforce(SHUT)
-    real, left = Path.unlink, 4
+    real, left = Path.unlink, steps
 
     def unlink(self: Path, missing_ok: bool = False) -> None:
         nonlocal left
