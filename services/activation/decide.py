@@ -183,7 +183,11 @@ def _failed(rollout: Rollout) -> Events:
         failed, limit = wave.counts[Standing.FAILED], allowed(rollout, wave)
         sample = min(rollout.start.gates.min_sample, len(wave.hosts))
         too_many = failed > limit and wave.answered >= sample
-        all_bad = failed > 0 and failed == len(wave.hosts)
+        # A wave that was good may lose its last success later, while others of it never could confirm.
+        settled = wave.state in (WaveState.SOAKING, WaveState.DONE) and not wave.open
+        all_bad = failed > 0 and (
+            failed == len(wave.hosts) or (settled and not wave.counts[Standing.PROMOTED])
+        )
         if not (too_many or all_bad):
             continue
         first = next(p for h in wave.hosts if (p := rollout.hosts[h]).standing is Standing.FAILED)

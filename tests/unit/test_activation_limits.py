@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from loopback.contracts import envelope, journal
 from loopback.contracts.codes import Code, Refusal
 from loopback.contracts.desired import Running
-from loopback.contracts.messages import RolloutAbort, Verdict, Wave
+from loopback.contracts.messages import Gates, RolloutAbort, Verdict, Wave
 from loopback.contracts.reports import Phase
 from loopback.contracts.rolloutfold import fold
-from loopback.contracts.rolloutstate import MAX_PAST, MAX_REBIRTHS, WAY_BACK, Standing, State
+from loopback.contracts.rolloutstate import MAX_PAST, MAX_REBIRTHS, WAY_BACK, Standing, State, WaveState
 from loopback.services.activation import decide as rules
 from loopback.services.activation import documents, facts, sizes
 from loopback.services.activation.setbacks import FIRST_S, LONGEST_S, Setbacks
@@ -141,6 +141,22 @@ def test_a_link_about_what_there_is_not_breaks_its_rollout_alone() -> None:
     assert "r1" not in world.workspace.attention
     assert rules.decide(world.workspace, bad, world.now, world.records) == ()
     assert world.finish("r2") is State.DONE
+
+
+def test_a_wave_that_loses_its_last_success_while_it_soaks_has_failed() -> None:
+    world = World(2)
+    rollout = world.begin(
+        waves=(Wave(name="all", percent=100, soak_s=30),), gates=Gates(max_failed=0.5), max_unavailable=1.0
+    )
+    good, doubtful = world.assigned()
+    world.obey(good)
+    world.report(doubtful, Phase.UNCONFIRMED, None, code=Code.HOST_UNCONFIRMED)
+    world.decide()
+    assert rollout.waves[0].state is WaveState.SOAKING
+    world.report(good, Phase.PROMOTED, V1, health="degraded")
+    world.wait(60)
+    assert rollout.waves[0].state is WaveState.FAILED
+    assert rollout.state is State.ROLLING_BACK
 
 
 # Sizes
