@@ -17,6 +17,7 @@ EXIT_NO = 1
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
     help="Eligibility: which modules and versions a host may have.",
 )

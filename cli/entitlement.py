@@ -13,6 +13,7 @@ from loopback.contracts.messages import EntitlementPut
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
     help="Entitlements: hosts that nobody entitled to a module get nothing.",
 )

@@ -29,6 +29,7 @@ MAX_PACKETS = 1_000_000
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
     help="Check firewall policies and explain their verdicts. The language: docs/policy.md.",
 )

@@ -45,6 +45,7 @@ class _Host(typer.core.TyperGroup):
 app = typer.Typer(
     cls=_Host,
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
     help="Hosts: add them, run their agent, look at one.",
 )

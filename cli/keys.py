@@ -35,7 +35,10 @@ OFFLINE: Final = ("root", "targets")
 ONLINE: Final = ("snapshot", "timestamp")
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Keys, and who may do what: the root of all trust."
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Keys, and who may do what: the root of all trust.",
 )
 
 

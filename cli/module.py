@@ -21,7 +21,10 @@ from loopback.trust.package import PackageInfo
 from loopback.trust.repository import TrustedRepository, target_path
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Build, publish, verify and list modules' releases."
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Build, publish, verify and list modules' releases.",
 )
 
 

@@ -50,6 +50,7 @@ POLICY_READERS: Final[dict[str, Callable[[Path], bytes]]] = {
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
     help="Rollouts: bring a version and a policy to hosts, wave by wave.\n\n"
     "Exit codes of 'watch' and 'start --watch': 0 DONE · 3 ROLLED_BACK · 4 HALTED or PAUSED (a person is needed) · "

@@ -12,6 +12,7 @@ from loopback.contracts.messages import WorkspacePut
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
     help="Workspaces: each has its own hosts, policies and rollouts.",
 )
