@@ -42,8 +42,8 @@ def host_namespace(name: str) -> str:
 
 
 def enter(namespace: str) -> list[str]:
-    """The words in front of a command that make it run in a namespace (keeping /sys as it is)."""
-    return ["nsenter", f"--net=/run/netns/{namespace}", "--"]
+    """The words in front of a command that make it run in a namespace, keeping /sys as it is, and end with the demo."""
+    return ["setpriv", "--pdeathsig", "TERM", "nsenter", f"--net=/run/netns/{namespace}", "--"]
 
 
 def move_this_process(namespace: str) -> None:
