@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from datetime import timedelta
+from typing import Final, Literal
 
 import msgspec
 
 from loopback.contracts.decoding import Decoder, Time
 from loopback.contracts.envelope import Envelope
+
+#: A change may be taken back so long after its scope's end, or after an operator's abort where that is later: hosts
+#: refuse a later way back, and activation does not ask for one.
+WAY_BACK: Final = timedelta(hours=24)
 
 
 class Running(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -7,7 +7,7 @@ These are the only mutable values in contracts: a fold over a large fleet cannot
 from __future__ import annotations
 
 from collections import Counter, deque
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
 from typing import Final
 
@@ -42,8 +42,6 @@ FINAL: Final = frozenset({State.DONE, State.ROLLED_BACK, State.ROLLBACK_INCOMPLE
 HOLDING: Final = frozenset({State.DRAFT, State.READY, State.RUNNING, State.PAUSED, State.ROLLING_BACK})
 
 
-#: Hosts no longer return so long after their scope's end, or after an operator's abort where that is later.
-WAY_BACK: Final = timedelta(hours=24)
 #: So often an agent may come back without its disk in one rollout and be told again; with the next time the host has failed.
 MAX_REBIRTHS: Final = 3
 #: Earlier incarnations of a host that are remembered, so that a late report of one is recognised.

@@ -32,7 +32,7 @@ import msgspec
 
 from loopback.contracts import desired, envelope, messages
 from loopback.contracts.codes import Code, Refusal, Refused
-from loopback.contracts.desired import DesiredModule, DesiredState, Running
+from loopback.contracts.desired import WAY_BACK, DesiredModule, DesiredState, Running
 from loopback.contracts.envelope import Envelope
 from loopback.contracts.keys import PublicKey
 from loopback.contracts.trustdoc import Role, Trust
@@ -41,8 +41,6 @@ from loopback.host.form import check_form
 from loopback.host.state import HostState, ModuleState
 
 SKEW: Final = timedelta(minutes=5)  # how far a host's clock may be behind the operator's
-#: How long after its scope's end, or an operator's abort, a change may be taken back.
-WAY_BACK: Final = timedelta(hours=24)
 MAX_TRIAL_S: Final = 3600.0  # a trial longer than that is a mistake, or keeps a host busy on purpose
 ACTIVATION: Final = "activation"
 

@@ -27,8 +27,8 @@ from typing import Final
 
 from loopback.contracts import journal, rolloutplan
 from loopback.contracts.codes import Code, Refusal
+from loopback.contracts.desired import WAY_BACK
 from loopback.contracts.rolloutstate import (
-    WAY_BACK,
     Rollout,
     Standing,
     State,

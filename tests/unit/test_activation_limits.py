@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from loopback.contracts import envelope, journal
 from loopback.contracts.codes import Code, Refusal
-from loopback.contracts.desired import Running
+from loopback.contracts.desired import WAY_BACK, Running
 from loopback.contracts.messages import Gates, RolloutAbort, Verdict, Wave
 from loopback.contracts.reports import Phase
 from loopback.contracts.rolloutfold import fold
-from loopback.contracts.rolloutstate import MAX_PAST, MAX_REBIRTHS, WAY_BACK, Standing, State, WaveState
+from loopback.contracts.rolloutstate import MAX_PAST, MAX_REBIRTHS, Standing, State, WaveState
 from loopback.services.activation import decide as rules
 from loopback.services.activation import documents, facts, sizes
 from loopback.services.activation.setbacks import FIRST_S, LONGEST_S, Setbacks

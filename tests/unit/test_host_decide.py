@@ -14,14 +14,13 @@ from support_host import WORKSPACE, Signers
 
 from loopback.contracts import envelope
 from loopback.contracts.codes import Code, Refusal, Refused
-from loopback.contracts.desired import DesiredModule, Running
+from loopback.contracts.desired import WAY_BACK, DesiredModule, Running
 from loopback.contracts.envelope import Envelope
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Policy, RolloutAbort, Selector
 from loopback.contracts.trustdoc import Operator, Role, Trust, TrustDocument
 from loopback.host import transitions
 from loopback.host.decide import (
-    WAY_BACK,
     Answer,
     StepName,
     Undo,
