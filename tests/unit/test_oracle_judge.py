@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies_firewall import meets_nothing, on_corners, other, packets, plain_policies
 
 from loopback.modules.firewall import oracle, policy
-from loopback.modules.firewall.model import Action, FirewallPolicy, Packet
+from loopback.modules.firewall.model import Action, FirewallPolicy, Packet, Rule
 
 
 def one_rule(sets: dict[str, Any] | None = None, **fields: Any) -> FirewallPolicy:
@@ -138,9 +138,15 @@ def test_packets_made_on_the_corners_of_rules_do_meet_them(plain: dict[str, Any]
     found = policy.parse(policy.to_json(plain))
     choose = random.Random(seed).choice
     for rule in found.rules:
-        probes = [on_corners(rule, found, choose) for _ in range(60)]
-        met = [probe for probe in probes if probe is not None and oracle.matches(rule, probe, found)]
+        if on_corners(rule, found, choose) is None:
+            continue  # its two sides have no family in common
+
+        def meets(rule: Rule = rule) -> bool:
+            probe = on_corners(rule, found, choose)
+            return probe is not None and oracle.matches(rule, probe, found)
+
         if meets_nothing(rule, found):
-            assert not met
+            assert not any(meets() for _ in range(60))
         else:
-            assert met or None in probes, f"no packet of 60 met {rule}"
+            # Each field lies inside the rule's or just beside it, so a rule with many fields is met seldom, but it is met.
+            assert any(meets() for _ in range(20_000)), f"no packet of 20000 met {rule}"
