@@ -50,12 +50,26 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag
     settings: dict[str, str | int | float | bool | list[str]] = {}
 
 
+class Connection(msgspec.Struct, frozen=True, kw_only=True):
+    """A TCP connection that the agent opened: addresses as text, ports as numbers."""
+
+    local: str
+    local_port: int
+    remote: str
+    remote_port: int
+
+
 class Stage(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="stage"):
-    """Prepare a policy. `content` is the policy's JSON, `digest` names it; the operator's signature was checked."""
+    """Prepare a policy. `content` is the policy's JSON, `digest` names it; the operator's signature was checked.
+
+    `control` are the agent's own connections to the control plane: a change that would cut them, or an operator's session, is
+    refused. None where a policy that held before is put back, which nothing may stand in the way of.
+    """
 
     digest: str
     serial: int
     content: bytes
+    control: list[Connection] | None = None
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="commit"):

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from loopback.contracts import desired, envelope, journal, messages, reports, subjects, view
+from loopback.contracts import desired, envelope, identity, journal, messages, reports, subjects, view
 
 ASYNCAPI: Final = "3.0.0"
 VERSION: Final = (
@@ -27,7 +27,8 @@ _PARAMETERS: Final = {
     "command": "the id of a command",
     "event": "name of a rollout's event",
     "service": "eligibility, delivery, activation or telemetry",
-    "kind": "workspace, entitlement or host",
+    "kind": "workspace, entitlement, host or invite",
+    "keyid": "SHA-256, in hex, of an invitation's public key",
     "name": "a record's token",
     "module": "a module's token",
     "digest": "SHA-256 in hex",
@@ -74,10 +75,12 @@ def _report(kind: Any, *readers: str) -> Channel:
 
 
 CHANNELS: Final[tuple[Channel, ...]] = (
-    *_commands("eligibility", messages.WorkspacePut, messages.EntitlementPut, messages.HostPut),
+    *_commands("eligibility", messages.WorkspacePut, messages.EntitlementPut, messages.HostPut, messages.HostInvite,
+              messages.HostMove),
     *_commands("delivery", messages.ReleasePublish, messages.MetadataPublish),
     *_commands(
-        "activation", messages.RolloutStart, messages.RolloutPause, messages.RolloutResume, messages.RolloutAbort
+        "activation", messages.RolloutStart, messages.RolloutApprove, messages.RolloutPause, messages.RolloutResume,
+        messages.RolloutAbort,
     ),
     Channel(
         "result", lambda: subjects.result(_p("workspace"), _p("command")), "The outcome of a command.",
@@ -116,6 +119,20 @@ CHANNELS: Final[tuple[Channel, ...]] = (
         "to-host", lambda: subjects.to_host(_p("workspace"), _p("host"), "desired"),
         "The only subject, but its inbox, on which a host listens.", (desired.DesiredState,), ("broker",), ("host",),
         envelope.DESIRED,
+    ),
+    Channel(
+        "to-host.identity", lambda: subjects.to_host(_p("workspace"), _p("host"), "identity"),
+        "A host's renewed credentials, or its move.", (identity.Granted,), ("eligibility",), ("host",),
+    ),
+    Channel(
+        "from-host.renew", lambda: subjects.from_host(_p("workspace"), _p("host"), "renew"),
+        "A host asks for new credentials, signed with its own key. No stream keeps it.", (identity.Renew,), ("host",),
+        ("eligibility",), envelope.RENEW,
+    ),
+    Channel(
+        "enrol", lambda: subjects.enrol(_p("keyid")),
+        "A claim to an invitation, by whoever holds its token; answered on the sender's inbox.", (identity.Enrol,),
+        ("host",), ("eligibility",),
     ),
     _report(reports.Inventory, "telemetry", "eligibility"),
     _report(reports.Status, "telemetry", "activation"),

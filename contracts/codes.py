@@ -21,6 +21,7 @@ class Code(StrEnum):
     ENVELOPE_TOO_LARGE = "envelope.too-large"
     SIGNATURE_INVALID = "signature.invalid"
     SIGNATURE_UNKNOWN_KEY = "signature.unknown-key"
+    SIGNATURE_WEAK_KEY = "signature.weak-key"
     # commands
     COMMAND_MALFORMED = "command.malformed"
     COMMAND_WRONG_SUBJECT = "command.wrong-subject"
@@ -52,6 +53,8 @@ class Code(StrEnum):
     PACKAGE_TOO_LARGE = "package.too-large"
     PACKAGE_UNSAFE_MEMBER = "package.unsafe-member"
     PACKAGE_UNKNOWN = "package.unknown"
+    PACKAGE_SBOM = "package.sbom"
+    PACKAGE_PROVENANCE = "package.provenance"
     MANIFEST_INVALID = "manifest.invalid"
     MANIFEST_ABI = "manifest.abi"
     MANIFEST_CAPABILITY = "manifest.capability"
@@ -72,6 +75,8 @@ class Code(StrEnum):
     ROLLOUT_STATE = "rollout.state"
     ROLLOUT_INVALID = "rollout.invalid"
     ROLLOUT_NO_HOSTS = "rollout.no-hosts"
+    ROLLOUT_UNAPPROVED = "rollout.unapproved"
+    JOURNAL_REWRITTEN = "journal.rewritten"
     # the host's view of a desired state
     SCOPE_VIOLATION = "scope.violation"
     SCOPE_EXPIRED = "scope.expired"
@@ -87,6 +92,14 @@ class Code(StrEnum):
     HOST_DEADLINE = "host.deadline"
     HOST_LOST = "host.lost"
     HOST_FAULT = "host.fault"
+    HOST_BELOW_FLOOR = "host.below-floor"
+    HOST_PUBLISHER = "host.publisher"
+    HOST_CLONED = "host.cloned"
+    HOST_DEBUG_OFF = "host.debug-off"
+    # identities
+    IDENTITY_TOKEN = "identity.token"  # noqa: S105 — a code, no password
+    IDENTITY_CLAIM = "identity.claim"
+    IDENTITY_REVOKED = "identity.revoked"
     # modules
     MODULE_START = "module.start"
     MODULE_DIED = "module.died"

@@ -21,6 +21,8 @@ COMMAND: Final = "application/vnd.loopback.command+json"
 POLICY: Final = "application/vnd.loopback.policy+json"
 DESIRED: Final = "application/vnd.loopback.desired+json"
 REPORT: Final = "application/vnd.loopback.report+json"
+CLAIM: Final = "application/vnd.loopback.claim+json"
+RENEW: Final = "application/vnd.loopback.renew+json"
 OTLP_TRACES: Final = "application/vnd.loopback.otlp-traces+protobuf"
 OTLP_METRICS: Final = "application/vnd.loopback.otlp-metrics+protobuf"
 

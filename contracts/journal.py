@@ -46,7 +46,7 @@ class Created(Event, frozen=True, tag="created"):
     """An operator's command was accepted. `members` are in the order in which waves take them.
 
     `envelope` is the signed RolloutStart, whole; `traceparent` its trace, of which every later decision is a part; `size`
-    is the package's in bytes.
+    is the package's in bytes. It waits for `approvals_needed` other operators' signatures.
     """
 
     envelope: Envelope
@@ -61,6 +61,7 @@ class Created(Event, frozen=True, tag="created"):
     policy: str | None = None
     policy_serial: int = 0
     traceparent: str = ""
+    approvals_needed: int = 0
 
     def start(self) -> RolloutStart:
         """The command inside the envelope. Raises Refused(COMMAND_MALFORMED) where it is another one."""
@@ -78,6 +79,14 @@ class Created(Event, frozen=True, tag="created"):
         if not self.package:
             return None
         return Running(self.version, self.package, self.policy, self.policy_serial)
+
+
+class Approved(Event, frozen=True, tag="approved"):
+    """Another operator signed the rollout too. `envelope` is the signed RolloutApprove, whole; hosts ask to see it."""
+
+    envelope: Envelope
+    keyids: tuple[str, ...]
+    operators: tuple[str, ...]
 
 
 class VerdictGiven(Event, frozen=True, tag="verdict"):
@@ -124,7 +133,10 @@ class Assigned(Event, frozen=True, tag="assigned"):
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one verified status says of the rollout's module on one host."""
+    """What one verified status says of the rollout's module on one host.
+
+    `document` is the generation that the host itself stands at, where it got there by a document that no link speaks of.
+    """
 
     host: str
     phase: Phase
@@ -135,6 +147,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     health: Health = "unknown"
     enforcing: bool = False
     refusal: Refusal | None = None
+    document: int = 0
 
 
 class Observed(Event, frozen=True, tag="observed"):
@@ -258,6 +271,7 @@ class RolloutRefused(Event, frozen=True, tag="refused"):
 
 AnyEvent = (
     Created
+    | Approved
     | VerdictGiven
     | Started
     | WaveStarted
@@ -308,3 +322,11 @@ def decode(data: bytes) -> Link:
 def digest(data: bytes) -> str:
     """What the next link's `prev` must be."""
     return hashlib.sha256(data).hexdigest()
+
+
+def chained(head: str, link: str) -> str:
+    """The workspace's chain after a link of this digest: the SHA-256 of `head` (empty before the first) and it, in hex.
+
+    It runs over the links of all rollouts of a workspace in the order in which its stream has them.
+    """
+    return hashlib.sha256(f"{head}{link}".encode()).hexdigest()

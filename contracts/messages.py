@@ -65,6 +65,35 @@ class HostPut(Command, frozen=True, tag_field="type", tag="host.put"):
     absent: bool = False
 
 
+class HostInvite(Command, frozen=True, tag_field="type", tag="host.invite"):
+    """Whoever holds a one-time token may be this host. Verb `host-invite` of eligibility.
+
+    `claim_key` is the public half of the token's key, in hex: the host signs its own new key with the other half, once and
+    before `claim_before` (see `hostrecord`). So neither the operator nor any service ever has the host's key, and no service
+    can put another in its place. Until it is claimed there is no such host; `absent` takes an unclaimed invitation back.
+    """
+
+    host: str
+    claim_key: str
+    claim_before: Time
+    labels: dict[str, str] = {}
+    addresses: tuple[str, ...] = ()
+    absent: bool = False
+
+
+class HostMove(Command, frozen=True, tag_field="type", tag="host.move"):
+    """Take a host from this command's workspace to the workspace `to`. Verb `host-move` of eligibility.
+
+    It must be signed by an admin of both. The host keeps its key and starts there with a new incarnation.
+    """
+
+    host: str
+    public_key: str
+    to: str
+    labels: dict[str, str] = {}
+    addresses: tuple[str, ...] = ()
+
+
 class ReleasePublish(Command, frozen=True, tag_field="type", tag="release.publish"):
     """Publish a release whose blob is already stored. Verb `release-publish` of delivery, workspace `global`.
 
@@ -154,6 +183,18 @@ class RolloutStart(Command, frozen=True, tag_field="type", tag="rollout.start"):
     policy_name: str = ""
 
 
+class RolloutApprove(Command, frozen=True, tag_field="type", tag="rollout.approve"):
+    """A second operator's signature under a rollout; verb `rollout-approve` of activation.
+
+    `start` is the SHA-256, in hex, of the payload that the RolloutStart's signatures cover: it is that command which is
+    approved, and no other of this name. Hosts of a regulated workspace ask to see it.
+    """
+
+    rollout: str
+    start: str
+    reason: str = ""
+
+
 class RolloutPause(Command, frozen=True, tag_field="type", tag="rollout.pause"):
     """Stop taking new hosts; verb `rollout-pause`."""
 
@@ -179,9 +220,12 @@ AnyCommand = (
     WorkspacePut
     | EntitlementPut
     | HostPut
+    | HostInvite
+    | HostMove
     | ReleasePublish
     | MetadataPublish
     | RolloutStart
+    | RolloutApprove
     | RolloutPause
     | RolloutResume
     | RolloutAbort
@@ -219,7 +263,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="r
 class JournalEntry(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="journal", omit_defaults=True
 ):
-    """What a service accepted or refused, who signed it, and when the broker had it."""
+    """What a service accepted or refused, who signed it, and when the broker had it.
+
+    `sequence` is the command's place in LB_CMD, `sha256` the digest of what is stored there.
+    """
 
     service: str
     event: str
@@ -231,12 +278,15 @@ class JournalEntry(
     refusal: Refusal | None = None
     subject: str = ""
     detail: dict[str, str] = {}
+    sequence: int = 0
+    sha256: str = ""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="record", omit_defaults=True):
-    """A record that eligibility accepted: the operator-signed command, whole. kind: workspace, entitlement, host.
+    """A record that eligibility accepted: the operator-signed command, whole. kind: workspace, entitlement, host, invite.
 
-    `sequence` is the command's place in LB_CMD: of two records of one name, the higher one holds.
+    `sequence` is the command's place in LB_CMD: of two records of one name, the higher one holds. A host's record is read
+    with `hostrecord.read`; `claim` is the host's own word, where the operator's was an invitation.
     """
 
     kind: str
@@ -246,6 +296,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="r
     at: datetime
     operators: tuple[str, ...] = ()
     sequence: int = 0
+    claim: Envelope | None = None
 
 
 class Requirements(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -83,7 +83,8 @@ class ModuleStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """One module on one host.
 
     `phase`, `generation` and `rollout` speak of the desired entry being worked on; `promoted` is what holds now;
-    `enforcing` is what the module itself says of the kernel; `adopted` that it took over what it found pinned.
+    `enforcing` is what the module itself says of the kernel; `adopted` that it took over what it found pinned;
+    `noncompliant` why what holds now is not what the workspace's rules ask for.
     """
 
     module: str
@@ -97,23 +98,45 @@ class ModuleStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     adopted: bool = False
     refusal: Refusal | None = None
     metrics: dict[str, float] = {}
+    noncompliant: Refusal | None = None
+
+
+class Witness(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The head of the workspace's journal after so many links, as a desired state that this host obeyed said it.
+
+    `at` is the host's own time.
+    """
+
+    links: int
+    head: str
+    at: Time | None = None
 
 
 class Status(Report, frozen=True, tag_field="type", tag="status"):
-    """The host's whole state, sent whenever any of it changes. `agent` says "degraded" while a module fails."""
+    """The host's whole state, sent whenever any of it changes. `agent` says "degraded" while a module fails.
+
+    `witness` is what it knows of the workspace's journal, `witnesses` what it knew before, oldest first and thinned out: a
+    newer desired state cannot make it forget that there was another journal.
+    """
 
     agent: Literal["ok", "degraded"]
     generation: int
     modules: tuple[ModuleStatus, ...] = ()
     refusal: Refusal | None = None
+    witness: Witness | None = None
+    witnesses: tuple[Witness, ...] = ()
 
 
 class Heartbeat(Report, frozen=True, tag_field="type", tag="heartbeat"):
-    """The host is there. Sent every `interval_s` seconds."""
+    """The host is there. Sent every `interval_s` seconds.
+
+    `run` names the agent's process, anew at each start: two that speak at once under one key are two machines.
+    """
 
     generation: int
     agent: Literal["ok", "degraded"]
     interval_s: float
+    run: str = ""
 
 
 AnyReport = Inventory | Status | Heartbeat
@@ -200,6 +223,8 @@ def open_report(data: bytes, subject: str, key_of: Callable[[str, str], PublicKe
             Code.REPORT_MALFORMED,
             f"{host!r} names an incarnation of {len(report.incarnation)} characters; {MAX_INCARNATION} are allowed",
         )
+    if isinstance(report, Heartbeat) and len(report.run) > MAX_INCARNATION:
+        raise Refused(Code.REPORT_MALFORMED, f"{host!r} names its run with {len(report.run)} characters")
     if type(report).__name__.lower() != kind:
         raise Refused(Code.REPORT_MALFORMED, f"{host!r} sent another kind of report on its {kind!r} subject")
     return report

@@ -2,7 +2,7 @@
 
 Everybody who folds the same links has the same state: activation's replicas decide on it (`services/activation/decide.py`),
 the command line shows it. It only records what links say; what should happen next is not its business.
-One link costs time in proportion to the hosts it names, never to the fleet; repeated links change nothing.
+One link costs time in proportion to the hosts it names, never to the fleet; repeated links change no rollout.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import msgspec
 
 from loopback.contracts import journal
 from loopback.contracts.codes import Code, Refusal, Refused
-from loopback.contracts.desired import Running
+from loopback.contracts.desired import MAX_LEARNT_GENERATION, Running
 from loopback.contracts.journal import Observation
 from loopback.contracts.reports import Phase
 from loopback.contracts.rolloutstate import (
     FINAL,
+    MAX_OVERTAKEN,
     MAX_REBIRTHS,
     Entry,
     HostProgress,
@@ -35,6 +36,9 @@ _FAILURES: Final = frozenset(
 )
 _FINISHED: Final = _FAILURES - {Phase.ROLLBACK_FAILED} | {Phase.PROMOTED, Phase.REMOVED, Phase.UNCONFIRMED}
 _UNWELL: Final = frozenset({"degraded", "failed"})
+_ASKING: Final = frozenset(
+    {State.RUNNING, State.PAUSED, State.DONE}
+)  # where a host may be told the same again
 
 
 def fold(workspace: Workspace, data: bytes) -> journal.Link | None:
@@ -42,7 +46,11 @@ def fold(workspace: Workspace, data: bytes) -> journal.Link | None:
 
     Raises msgspec.ValidationError for bytes that are no link. A rollout whose chain is broken stays as it was and is
     marked `broken`: nobody decides on it any more. So is one with a link that speaks of what there is not.
+    The workspace's own chain takes in whatever is stored among the links, be it a good link or not.
     """
+    digest = journal.digest(data)
+    workspace.links += 1
+    workspace.head = journal.chained(workspace.head, digest)
     link = journal.decode(data)
     rollout = workspace.rollouts.get(link.rollout)
     if rollout is None:
@@ -59,7 +67,7 @@ def fold(workspace: Workspace, data: bytes) -> journal.Link | None:
         workspace.attention.pop(rollout.id, None)
         return None
     rollout.seq = link.seq
-    rollout.head = journal.digest(data)
+    rollout.head = digest
     rollout.updated_at = link.at
     try:
         _apply(workspace, rollout, link.event, link.at)
@@ -105,8 +113,14 @@ def _apply(workspace: Workspace, rollout: Rollout, event: journal.AnyEvent, at: 
             rollout.verdicts[verdict.service] = verdict
             if verdict.service == "eligibility":
                 rollout.skipped = {h: why for h, why in verdict.refused.items() if h in rollout.members}
-            if rollout.state is State.DRAFT and {"eligibility", "delivery"} <= rollout.verdicts.keys():
+            if rollout.state is State.DRAFT and rollout.judged:
                 rollout.state = State.READY
+        case journal.Approved(envelope=approval, operators=by):
+            rollout.approvals += (approval,)
+            rollout.approved_by |= dict.fromkeys(by)
+            enough = len(rollout.approved_by) >= rollout.created.approvals_needed
+            if rollout.state is State.AWAITING_APPROVAL and enough:
+                rollout.state = State.READY if rollout.judged else State.DRAFT
         case journal.Started():
             _started(workspace, rollout, event, at)
         case journal.WaveStarted(wave=index):
@@ -230,6 +244,10 @@ def _observe(workspace: Workspace, rollout: Rollout, seen: Observation, at: date
         ledger.retire(module.incarnation)
     ledger.incarnation = module.incarnation = seen.incarnation or module.incarnation
     module.seq = seen.seq if reborn else max(module.seq, seen.seq)
+    # It obeyed a document that no link speaks of: one with activation's key, but not by way of this journal.
+    overtaken = 0 < seen.document <= MAX_LEARNT_GENERATION and ledger.generation <= seen.document
+    if overtaken:
+        ledger.generation = seen.document
     module.promoted = seen.promoted
     progress = rollout.hosts.get(seen.host)
     if progress is None:
@@ -245,10 +263,15 @@ def _observe(workspace: Workspace, rollout: Rollout, seen: Observation, at: date
         _give_up(rollout, progress, at)
     elif reborn and progress.standing in (Standing.ASSIGNED, Standing.PROMOTED):
         # An agent that lost its disk starts from nothing: what it was told names an incarnation that is gone.
-        if rollout.state in (State.RUNNING, State.PAUSED, State.DONE):
+        if rollout.state in _ASKING:
             _once_more(rollout, progress, at)
     elif seen.generation == progress.generation:
         _answer(rollout, progress, seen, at)
+    elif overtaken and progress.overtaken < MAX_OVERTAKEN:
+        progress.overtaken += 1
+        forward = progress.standing is Standing.ASSIGNED and rollout.state in _ASKING
+        if forward or (progress.standing is Standing.RETURNING and rollout.state is State.ROLLING_BACK):
+            _once_more(rollout, progress, at)  # it takes what it was told for old
 
 
 def _give_up(rollout: Rollout, progress: HostProgress, at: datetime) -> None:
@@ -305,6 +328,8 @@ def _judge(seen: Observation, target: Running | None) -> Standing | None:
     """What an answer makes of an assigned host; None while it works."""
     if seen.phase is Phase.UNCONFIRMED:
         return Standing.INCONCLUSIVE
+    if seen.phase is Phase.REJECTED and seen.refusal and seen.refusal.code is Code.ROLLOUT_UNAPPROVED:
+        return Standing.INCONCLUSIVE  # nothing was tried: it waits for a person, as the host does
     if seen.phase in _FAILURES:
         return Standing.FAILED
     if seen.phase in (Phase.PROMOTED, Phase.REMOVED):

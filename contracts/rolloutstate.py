@@ -25,6 +25,7 @@ class State(StrEnum):
     """Where a rollout is."""
 
     DRAFT = "DRAFT"  # created; eligibility and delivery have not both spoken
+    AWAITING_APPROVAL = "AWAITING_APPROVAL"  # created; another operator has to sign it too
     READY = "READY"  # both have; its time may not have come
     RUNNING = "RUNNING"
     PAUSED = "PAUSED"
@@ -39,11 +40,15 @@ class State(StrEnum):
 #: States in which a rollout has ended.
 FINAL: Final = frozenset({State.DONE, State.ROLLED_BACK, State.ROLLBACK_INCOMPLETE, State.CANCELED})
 #: States in which nobody else may roll the same module out to its hosts.
-HOLDING: Final = frozenset({State.DRAFT, State.READY, State.RUNNING, State.PAUSED, State.ROLLING_BACK})
+HOLDING: Final = frozenset(
+    {State.DRAFT, State.AWAITING_APPROVAL, State.READY, State.RUNNING, State.PAUSED, State.ROLLING_BACK}
+)
 
 
 #: So often an agent may come back without its disk in one rollout and be told again; with the next time the host has failed.
 MAX_REBIRTHS: Final = 3
+#: So often in one rollout a host that turns out to stand above what it was told is told again at once.
+MAX_OVERTAKEN: Final = 3
 #: Earlier incarnations of a host that are remembered, so that a late report of one is recognised.
 MAX_PAST: Final = 16
 
@@ -131,12 +136,12 @@ class HostProgress:
     """One host in one rollout. `origin` is what it had promoted before, `generation` 0 until it is assigned.
 
     `refusal` is what it said last; `failure` why it failed or was inconclusive, kept as evidence after it returned.
-    `rebirths` counts how often it came back as a new incarnation.
+    `rebirths` counts how often it came back as a new incarnation, `overtaken` how often it stood above what it was told.
     """
 
     __slots__ = (
-        "enforcing", "failure", "generation", "health", "host", "incarnation", "observations", "origin", "phase", "promoted",
-        "rebirths", "refusal", "retries", "since", "standing", "wave",
+        "enforcing", "failure", "generation", "health", "host", "incarnation", "observations", "origin", "overtaken", "phase",
+        "promoted", "rebirths", "refusal", "retries", "since", "standing", "wave",
     )  # fmt: skip
 
     def __init__(self, host: str, wave: int, since: datetime) -> None:
@@ -149,6 +154,7 @@ class HostProgress:
         self.retries = 0
         self.observations = 0
         self.rebirths = 0
+        self.overtaken = 0
         self.phase: Phase | None = None
         self.promoted: Running | None = None
         self.health: journal.Health = "unknown"
@@ -199,7 +205,9 @@ class Rollout:
         self.created_at = link.at
         self.updated_at = link.at
         self.ended_at: datetime | None = None
-        self.state = State.DRAFT
+        self.state = State.AWAITING_APPROVAL if created.approvals_needed else State.DRAFT
+        self.approvals: tuple[Envelope, ...] = ()
+        self.approved_by: dict[str, None] = {}  # the names of operators, in order
         self.seq = 0
         self.head = ""
         self.broken = ""
@@ -226,6 +234,11 @@ class Rollout:
     def in_flight(self) -> int:
         """Hosts that were assigned and have not answered."""
         return self.counts[Standing.ASSIGNED]
+
+    @property
+    def judged(self) -> bool:
+        """Whether eligibility and delivery have both spoken."""
+        return {"eligibility", "delivery"} <= self.verdicts.keys()
 
     @property
     def wave(self) -> WaveProgress | None:
@@ -265,6 +278,8 @@ class Workspace:
         self.hosts: dict[str, HostLedger] = {}
         self.attention: dict[str, None] = {}  # rollouts in which something may be to decide
         self.serials: dict[str, tuple[int, str]] = {}  # module → last policy serial in use, and its digest
+        self.links = 0  # so many links are in `head`, the workspace's chain (see `journal.chained`)
+        self.head = ""
 
     def ledger(self, host: str) -> HostLedger:
         """The host's ledger, made when missing."""

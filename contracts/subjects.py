@@ -33,7 +33,22 @@ BUCKET_VIEW: Final = "LB_VIEW"  # key-value: telemetry's fleet view, key <worksp
 
 SERVICES: Final = ("eligibility", "delivery", "activation", "telemetry")
 
-_PLAIN = re.compile(r"[a-z0-9-]")
+#: The consumers on which the replicas of a service share its work. Whoever could ask one of them for messages, or make it anew
+#: with another filter, would take that work away: so nobody but their service is let near them.
+DURABLES: Final[dict[str, tuple[str, ...]]] = {
+    "eligibility": (
+        "eligibility-commands",
+        "eligibility-created",
+        "eligibility-records",
+        "eligibility-releases",
+        "eligibility-inventories",
+    ),
+    "delivery": ("delivery-commands", "delivery-created"),
+    "activation": ("activation-commands", "activation-status", "activation-facts"),
+    "telemetry": ("telemetry-reports", "telemetry-otlp"),
+}
+
+_ESCAPED = re.compile(r"[^a-z0-9-]")
 _TOKEN = re.compile(r"(?:[a-z0-9-]|_[0-9a-f]{2})+")
 
 
@@ -49,9 +64,7 @@ def token(name: str) -> str:
             Code.NAME_INVALID, "the name '*' stands for every name", "choose a name with another character"
         )
     try:
-        escaped = "".join(
-            c if _PLAIN.fullmatch(c) else "".join(f"_{b:02x}" for b in c.encode()) for c in name
-        )
+        escaped = _ESCAPED.sub(lambda found: "".join(f"_{byte:02x}" for byte in found[0].encode()), name)
     except UnicodeEncodeError:  # a lone surrogate, as a shell's argument that is not UTF-8 becomes
         raise Refused(
             Code.NAME_INVALID, f"the name {name[:40]!r} is no text", "choose a name in UTF-8"
@@ -114,12 +127,12 @@ def desired(workspace: str, host: str) -> str:
 
 
 def to_host(workspace: str, host: str, what: str) -> str:
-    """What one host may read."""
+    """What one host may read: `desired`, or `identity` (its renewed credentials, its move)."""
     return f"lb.ws.{token(workspace)}.to.{token(host)}.{what}"
 
 
 def from_host(workspace: str, host: str, what: str) -> str:
-    """What one host may write: `inventory`, `status`, `heartbeat`, or `otlp`."""
+    """What one host may write: `inventory`, `status`, `heartbeat`, `otlp`, or `renew`, which no stream keeps."""
     return f"lb.ws.{_or_star(workspace)}.from.{_or_star(host)}.{what}"
 
 
@@ -158,6 +171,15 @@ def tuf(filename: str) -> str:
     return f"lb.tuf.{token(filename)}"
 
 
+def tuf_name(subject: str) -> str | None:
+    """The file behind such a subject; None for a subject that `tuf` cannot have made."""
+    try:
+        name = untoken(subject.removeprefix("lb.tuf."))
+    except Refused:
+        return None
+    return name if tuf(name) == subject else None
+
+
 def direct_get(stream: str, subject: str) -> str:
     """The API subject that returns the last stored message of `subject`."""
     return f"$JS.API.DIRECT.GET.{stream}.{subject}"
@@ -166,6 +188,16 @@ def direct_get(stream: str, subject: str) -> str:
 def inbox(host: str) -> str:
     """A client's own inbox prefix."""
     return f"_INBOX.{token(host)}"
+
+
+def enrol(claim_keyid: str) -> str:
+    """Where whoever holds the token of this key claims to be its host; answered on an inbox below `enrol_inbox`."""
+    return f"lb.enrol.{token(claim_keyid)}"
+
+
+def enrol_inbox(claim_keyid: str) -> str:
+    """The inbox prefix of whoever enrols."""
+    return f"_INBOX.enrol.{token(claim_keyid)}"
 
 
 class Parsed(NamedTuple):

@@ -5,13 +5,15 @@ Services consult it for an early answer, hosts for the real one, both through `a
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final
 
 import msgspec
+from packaging.version import InvalidVersion, Version
 
 from loopback.contracts.codes import Code, Refused
-from loopback.contracts.decoding import Decoder
+from loopback.contracts.decoding import Decoder, Time
 from loopback.contracts.keys import PublicKey
 
 TARGET: Final = "trust.json"
@@ -36,15 +38,74 @@ class Operator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     roles: dict[str, tuple[Role, ...]]
 
 
-class TrustDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Operators, and the keys with which services sign what hosts obey (`services["activation"]`), in hex."""
+class Floor(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The oldest version of a module that may be newly installed; from `not_before` on, an older one that runs is reported."""
+
+    version: str
+    not_before: Time | None = None
+
+
+class WorkspaceRules(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """What holds in a workspace, whatever any service says.
+
+    `regulated`: a rollout needs a second operator's signature, publishers must be pinned, agent-side debugging is off.
+    `publishers` maps a module to the ids of the keys of which one must have signed its release, `floors` to its oldest version.
+    """
+
+    regulated: bool = False
+    publishers: dict[str, tuple[str, ...]] = {}
+    floors: dict[str, Floor] = {}
+
+
+class TrustDocument(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """Operators, and the keys with which services sign what hosts obey (`services["activation"]`), in hex.
+
+    `workspaces` holds the rules of each workspace by its name; those under `*` hold in every one.
+    """
 
     version: int
     operators: tuple[Operator, ...]
     services: dict[str, tuple[str, ...]]
+    workspaces: dict[str, WorkspaceRules] = {}
 
 
 _DECODER = Decoder(msgspec.json.Decoder(TrustDocument))
+_NO_RULES: Final = WorkspaceRules()
+_ALWAYS: Final = datetime.min.replace(tzinfo=UTC)
+
+
+def _strictness(floor: Floor) -> tuple[Version, float]:
+    since = floor.not_before or _ALWAYS
+    return Version(floor.version), -(since - _ALWAYS).total_seconds()
+
+
+def _check(document: TrustDocument) -> None:
+    """Refuse what would fail only when it is needed, or hold for anybody. Raises Refused(TUF_INVALID, SIGNATURE_WEAK_KEY)."""
+    for keys in document.services.values():
+        for text in keys:
+            PublicKey.parse(text).sound()
+    named: dict[str, str] = {}
+    for operator in document.operators:
+        other = named.setdefault(PublicKey.parse(operator.public_key).sound().keyid, operator.name)
+        if other != operator.name:
+            raise Refused(
+                Code.TUF_INVALID,
+                f"the trust document gives one key to two operators, {other!r} and {operator.name!r}",
+                "give each their own: what a key signs is one person's word",
+            )
+    for workspace, rules in document.workspaces.items():
+        for module, floor in rules.floors.items():
+            try:
+                Version(floor.version)
+            except InvalidVersion:
+                raise Refused(
+                    Code.TUF_INVALID,
+                    f"the trust document's floor of {module!r} in {workspace!r} is no version: {floor.version[:80]!r}",
+                ) from None
 
 
 class Trust:
@@ -61,9 +122,11 @@ class Trust:
 
     @classmethod
     def decode(cls, data: bytes) -> Trust:
-        """From the target's bytes. Raises Refused(TUF_INVALID)."""
+        """From the target's bytes. Raises Refused(TUF_INVALID, SIGNATURE_WEAK_KEY)."""
         try:
-            return cls(_DECODER.decode(data))
+            document = _DECODER.decode(data)
+            _check(document)
+            return cls(document)
         except msgspec.MsgspecError as error:
             raise Refused(Code.TUF_INVALID, f"the trust document is malformed: {error}") from None
 
@@ -73,6 +136,26 @@ class Trust:
         if operator is None:
             return frozenset()
         return frozenset(operator.roles.get(workspace, ()) + operator.roles.get(EVERY_WORKSPACE, ()))
+
+    def rules(self, workspace: str) -> WorkspaceRules:
+        """The rules of a workspace, together with those of every workspace: always the stricter.
+
+        Regulated if either says so; a publisher must be pinned by both that name the module; the higher floor holds, and of
+        two equal ones the earlier.
+        """
+        every = self.document.workspaces.get(EVERY_WORKSPACE, _NO_RULES)
+        own = (
+            self.document.workspaces.get(workspace, _NO_RULES) if workspace != EVERY_WORKSPACE else _NO_RULES
+        )
+        publishers = dict(every.publishers)
+        for module, keys in own.publishers.items():
+            publishers[module] = tuple(k for k in keys if k in publishers.get(module, keys))
+        floors = dict(every.floors)
+        for module, floor in own.floors.items():
+            floors[module] = max(floors.get(module, floor), floor, key=_strictness)
+        return WorkspaceRules(
+            regulated=every.regulated or own.regulated, publishers=publishers, floors=floors
+        )
 
     def authorise(self, keyids: tuple[str, ...], role: Role, workspace: str) -> tuple[str, ...]:
         """The names of the operators among `keyids` who have `role` (or admin) in `workspace`.

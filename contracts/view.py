@@ -22,6 +22,9 @@ DEFAULT_INTERVAL_S: Final = 15.0  # until the first heartbeat says how often it 
 MIN_INTERVAL_S: Final = 0.1
 MAX_INTERVAL_S: Final = 300.0  # a host cannot hide its loss behind a claimed interval of years
 LOST_AFTER: Final = 3  # heartbeats missed in a row
+#: Two agents that spoke at once for longer than this are two machines. The last words of one that ended may be under way for
+#: a moment while the next one begins.
+OVERLAP: Final = timedelta(seconds=2)
 
 State = Literal["ok", "degraded", "lost"]
 
@@ -36,10 +39,20 @@ class IncarnationView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     heartbeat: Heartbeat | None = None
 
 
+class RunView(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of the agent: when, by the broker's clock, its first and its last heartbeat came."""
+
+    id: str
+    incarnation: str
+    first_at: datetime
+    last_at: datetime
+
+
 class HostView(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="view", omit_defaults=True):
     """One host. `current` is the incarnation heard from last, `earlier` the ones before, newest first.
 
-    `lost_at` is when, by the broker's clock, it was declared lost; None while it is there.
+    `lost_at` is when, by the broker's clock, it was declared lost; None while it is there. `runs` are the last few runs of its
+    agent, newest first.
     """
 
     host: str
@@ -47,6 +60,16 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=
     current: IncarnationView
     earlier: tuple[IncarnationView, ...] = ()
     lost_at: datetime | None = None
+    runs: tuple[RunView, ...] = ()
+
+    @property
+    def cloned(self) -> bool:
+        """Whether two agents spoke at once under this host's key: its state and key are on two machines."""
+        return any(
+            min(a.last_at, b.last_at) - max(a.first_at, b.first_at) > OVERLAP
+            for number, a in enumerate(self.runs)
+            for b in self.runs[:number]
+        )
 
     @property
     def inventory(self) -> Inventory | None:

@@ -4,7 +4,7 @@
 [requires] kernel, features, architectures, agent, python, libraries
 [limits]   memory_mib, tasks, stop_s
 [health]   interval_s, grace_s
-[build]    python, bpf: only for building; not in the package
+[build]    python, bpf, license: only for building; not in the package
 """
 
 from __future__ import annotations
@@ -15,24 +15,17 @@ import tomllib
 from typing import Any, Final
 
 import msgspec
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from loopback.contracts.abi import ABI_VERSION
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.messages import Requirements
+from loopback.trust.capabilities import POWERS
 
 MAX_MANIFEST: Final = 64 * 1024  # bytes
 PYTHON: Final = "{python}"  # in `entry`: the agent's own interpreter
-
-_CAPABILITY_NAMES: Final = """
-AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER
-FSETID IPC_LOCK IPC_OWNER KILL LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE MKNOD NET_ADMIN NET_BIND_SERVICE
-NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYSLOG SYS_ADMIN SYS_BOOT SYS_CHROOT SYS_MODULE SYS_NICE
-SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG WAKE_ALARM
-"""
-#: Linux's capabilities up to CAP_CHECKPOINT_RESTORE (5.9), by capabilities(7).
-CAPABILITIES: Final = frozenset("CAP_" + name for name in _CAPABILITY_NAMES.split())
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,63}")
 _KERNEL = re.compile(r"[0-9]{1,3}\.[0-9]{1,3}(\.[0-9]{1,3})?")
@@ -81,10 +74,14 @@ class HealthTable(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class BuildTable(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sources: Python files and folders below the import root, eBPF programs below the package `loopback`."""
+    """Sources: Python files and folders of `loopback/` or of the module's own folder, eBPF programs of either.
+
+    `license` is an SPDX expression, for the SBOM.
+    """
 
     python: tuple[str, ...] = ()
     bpf: tuple[str, ...] = ()
+    license: str = ""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -192,7 +189,7 @@ def _check(found: Manifest, source: str) -> None:
             f"write abi = [{ABI_VERSION}, {ABI_VERSION}]",
         )
     for capability in module.capabilities:
-        if capability not in CAPABILITIES:
+        if capability not in POWERS:
             raise Refused(
                 Code.MANIFEST_CAPABILITY,
                 f"{source}: module.capabilities: Linux knows no capability {capability[:60]!r}",
@@ -204,6 +201,16 @@ def _check(found: Manifest, source: str) -> None:
         for word in words:
             if not _WORD.fullmatch(word):
                 raise _invalid(source, f"requires.{field}: {word[:60]!r} is not a plain word")
+    if found.build.license:
+        try:
+            expression = canonicalize_license_expression(found.build.license)
+        except InvalidLicenseExpression:
+            expression = None
+        if expression != found.build.license:
+            raise _invalid(
+                source,
+                f"build.license: {found.build.license[:80]!r} is no SPDX expression in its normal form",
+            )
     ranges = {"agent": requires.agent, "python": requires.python}
     ranges |= {f"libraries.{name}": text for name, text in requires.libraries.items()}
     for field, text in ranges.items():

@@ -3,7 +3,8 @@
 There is exactly one archive for a set of files: members sorted by name, regular files only, fixed owner, mode and time.
 A reader rebuilds each header from name and size and compares bytes, so links, devices, folders, extensions (pax, GNU, sparse),
 odd modes, duplicates and hidden data have no encoding at all. Files under `bin/` are executable, no other is.
-`module.toml` is the manifest, `digests.json` maps every other file to its SHA-256.
+`module.toml` is the manifest, `digests.json` maps every other file to its SHA-256; `sbom.cdx.json` and `provenance.json` say
+what is in it and how it was made (attest.py).
 
 Verification steps, in order: 1 size of the archive · 2 canonical headers and safe names · 3 caps on members and sizes ·
 4 end of archive, nothing behind it · 5 every content against `digests.json`, none missing, none more · 6 the manifest.
@@ -28,6 +29,7 @@ import msgspec
 
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.decoding import Decoder
+from loopback.trust import attest
 from loopback.trust import manifest as manifests
 from loopback.trust.manifest import Manifest
 
@@ -41,10 +43,10 @@ MAX_DEPTH: Final = 16  # folders within folders
 MANIFEST: Final = "module.toml"
 DIGESTS: Final = "digests.json"
 SUFFIX: Final = ".lbm"
+BLOCK: Final = 512  # bytes; everything in an archive begins at a multiple
 
-_BLOCK: Final = 512
 _READ: Final = 1024 * 1024  # bytes hashed at a time
-_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+_SEGMENT = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.+-]*[A-Za-z0-9_+-])?")
 _KINDS = {
     b"\0": "an old-style file",
     b"1": "a hard link",
@@ -59,45 +61,57 @@ _NEW_BUILD = "build the package again with 'loopback module build'"
 
 
 class Member(msgspec.Struct, frozen=True):
-    """One file: `offset` of its content in the archive and `size`, in bytes."""
+    """One file: `offset` of its content in the archive and `size`, in bytes; `sha256` in hex once that was verified."""
 
     path: str
     offset: int
     size: int
+    sha256: str = ""
 
 
 class PackageInfo(msgspec.Struct, frozen=True):
-    """A verified package. `digest` is the SHA-256 of the archive, `digests` that of its `digests.json`, both in hex."""
+    """A verified package. `digest` is the SHA-256 of the archive, in hex."""
 
     manifest: Manifest
     digest: str
     size: int
     members: tuple[Member, ...]
-    digests: str
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Path → SHA-256 of every file."""
+        return {member.path: member.sha256 for member in self.members}
 
 
-def build(files: Mapping[str, bytes], manifest: Manifest) -> bytes:
+def build(files: Mapping[str, bytes], manifest: Manifest, described: attest.Build | None = None) -> bytes:
     """The archive of these files (path → content) and this manifest; the same input gives the same bytes.
 
+    `described` is what they were made of, for SBOM and provenance; without them a package cannot be published.
     Raises Refused(PACKAGE_UNSAFE_MEMBER | PACKAGE_TOO_LARGE) for what no reader would accept.
     """
-    if MANIFEST in files or DIGESTS in files:
+    made = {MANIFEST, DIGESTS} if described is None else {MANIFEST, DIGESTS, attest.SBOM, attest.PROVENANCE}
+    if made & files.keys():
         raise Refused(
-            Code.PACKAGE_UNSAFE_MEMBER, f"{MANIFEST} and {DIGESTS} are made by the build, not passed as files"
+            Code.PACKAGE_UNSAFE_MEMBER,
+            f"{', '.join(sorted(made))} are made by the build, not passed as files",
         )
     whole = {**files, MANIFEST: manifest.to_toml()}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in whole.items()}
-    whole[DIGESTS] = json.dumps(digests, sort_keys=True, indent=0).encode()
+    if described is not None:
+        documents = attest.describe(digests, manifest, described)
+        whole |= documents
+        digests |= {name: hashlib.sha256(data).hexdigest() for name, data in documents.items()}
+    whole[DIGESTS] = _listing_of(digests)
     parts: list[bytes] = []
     previous = ""
     for name in sorted(whole):
         check_name(name, previous)
         data = whole[name]
         _check_member_size(name, len(data))
-        parts += (header(name, len(data)), data, bytes(-len(data) % _BLOCK))
+        parts += (header(name, len(data)), data, bytes(-len(data) % BLOCK))
         previous = name
     _check_tree(list(whole))
-    archive = b"".join(parts) + bytes(2 * _BLOCK)
+    archive = b"".join(parts) + bytes(2 * BLOCK)
     if len(archive) > MAX_PACKAGE or len(whole) > MAX_MEMBERS:
         raise _too_large(f"{len(whole)} files in {len(archive)} bytes")
     return archive
@@ -110,7 +124,34 @@ def inspect(package: Path, *, sha256: str | None = None) -> PackageInfo:
     PACKAGE_MALFORMED, PACKAGE_UNSAFE_MEMBER, PACKAGE_TOO_LARGE, MANIFEST_*.
     """
     with _open(package) as file:
-        return _inspect(file, package.name, sha256)[0]
+        return _inspect(file, package.name, sha256)
+
+
+def read(package: Path, info: PackageInfo, name: str, *, most: int) -> bytes:
+    """The content of one file of a verified package, at most so many bytes.
+
+    Raises Refused: PACKAGE_MALFORMED where there is none, PACKAGE_TOO_LARGE, PACKAGE_DIGEST where it changed since.
+    """
+    member = next((m for m in info.members if m.path == name), None)
+    if member is None:
+        raise Refused(Code.PACKAGE_MALFORMED, f"{package.name} holds no {name}", _NEW_BUILD)
+    if member.size > most:
+        raise _too_large(f"{name} of {package.name} has {member.size} bytes")
+    with _open(package) as file:
+        data = b"".join(_content(file, member))
+    if hashlib.sha256(data).hexdigest() != member.sha256:
+        raise Refused(Code.PACKAGE_DIGEST, f"{package.name} changed while it was read", "try again")
+    return data
+
+
+def check_described(package: Path, info: PackageInfo) -> attest.Described:
+    """Whether a verified package says of itself what publishing demands: SBOM and provenance.
+
+    Raises Refused: PACKAGE_SBOM, PACKAGE_PROVENANCE, PACKAGE_TOO_LARGE.
+    """
+    return attest.check(
+        info.digests, info.manifest, lambda name: read(package, info, name, most=attest.MAX_DOCUMENT)
+    )
 
 
 def extract(package: Path, into: Path, *, sha256: str | None = None) -> PackageInfo:
@@ -120,12 +161,12 @@ def extract(package: Path, into: Path, *, sha256: str | None = None) -> PackageI
     unpack below a temporary name and rename). Raises Refused like `inspect`, FileExistsError, OSError from the disk.
     """
     with _open(package) as file:
-        info, digests = _inspect(file, package.name, sha256)
+        info = _inspect(file, package.name, sha256)
         parent = os.open(into.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             os.mkdir(into.name, 0o755, dir_fd=parent)
             try:
-                _write(file, info.members, digests, parent, into.name)
+                _write(file, info.members, parent, into.name)
                 os.fsync(parent)
             except BaseException:
                 shutil.rmtree(into.name, ignore_errors=True, dir_fd=parent)
@@ -135,42 +176,22 @@ def extract(package: Path, into: Path, *, sha256: str | None = None) -> PackageI
     return info
 
 
-def verify_tree(folder: Path, *, digests: str | None = None) -> None:
-    """Check an unpacked package against its `digests.json`, before anything in it is started.
+def listing(text: bytes, label: str) -> dict[str, str]:
+    """Read a `digests.json`: path → SHA-256. Raises Refused(PACKAGE_MALFORMED)."""
+    try:
+        return _LISTING.decode(text)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise Refused(Code.PACKAGE_MALFORMED, f"{label}: {DIGESTS}: {error}", _NEW_BUILD) from None
 
-    `digests` is the SHA-256 of `digests.json` as `extract` returned it; without it only accidents are found, not somebody
-    who rewrote both. Nothing may be missing or added: run Python with PYTHONDONTWRITEBYTECODE=1.
-    Raises Refused(PACKAGE_DIGEST | PACKAGE_UNSAFE_MEMBER | PACKAGE_MALFORMED).
-    """
-    next_step = "install the package again"
-    try:
-        root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise Refused(Code.PACKAGE_DIGEST, f"{folder} cannot be read: {error.strerror}", next_step) from None
-    try:
-        found = dict(_hash_tree(root, "", 0))
-        listed_digest = found.pop(DIGESTS, None)
-        if listed_digest is None:
-            raise Refused(Code.PACKAGE_DIGEST, f"{folder} has no {DIGESTS}", next_step)
-        if digests is not None and listed_digest != digests:
-            raise Refused(
-                Code.PACKAGE_DIGEST, f"{folder / DIGESTS} is not the one that was installed", next_step
-            )
-        descriptor = os.open(DIGESTS, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=root)
-        with os.fdopen(descriptor, "rb") as file:
-            listed = _listed(file.read(MAX_DIGESTS + 1), str(folder))
-    finally:
-        os.close(root)
-    if found != listed:
-        wrong = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
-        said = (
-            "is missing"
-            if wrong[0] not in found
-            else "is not listed"
-            if wrong[0] not in listed
-            else "was changed"
-        )
-        raise Refused(Code.PACKAGE_DIGEST, f"{folder / wrong[0]} {said} ({len(wrong)} such files)", next_step)
+
+def _listing_of(digests: Mapping[str, str]) -> bytes:
+    """The one form of `digests.json`: no name twice, nothing hidden in blanks."""
+    return json.dumps(digests, sort_keys=True, indent=0).encode()
+
+
+def mode(path: str) -> int:
+    """The permissions of the file with this path, in an archive and on disk."""
+    return 0o755 if path.startswith("bin/") else 0o644
 
 
 def check_name(name: str, previous: str = "") -> None:
@@ -182,7 +203,9 @@ def check_name(name: str, previous: str = "") -> None:
     if ".." in segments:
         raise _unsafe(f"the member {shown} climbs out of its folder")
     if not all(_SEGMENT.fullmatch(segment) for segment in segments):
-        raise _unsafe(f"the member {shown} has a name with other characters than A-Z a-z 0-9 _ . + -")
+        raise _unsafe(
+            f"the member {shown} has a name with other characters than A-Z a-z 0-9 _ . + -, or a dot at an end"
+        )
     if len(name) > MAX_NAME or len(segments) > MAX_DEPTH:
         raise _unsafe(f"the member {shown} is over {MAX_NAME} bytes or {MAX_DEPTH} folders deep")
     if name == previous:
@@ -200,10 +223,9 @@ def header(name: str, size: int) -> bytes:
         prefix, short = name[:at], name[at + 1 :]
         if at < 0 or len(short) > 100:
             raise _unsafe(f"the member {name[:120]!r} has a path that ustar cannot hold")
-    mode = 0o755 if name.startswith("bin/") else 0o644
     fields = (
         short.encode().ljust(100, b"\0"),
-        b"%07o\0" % mode,
+        b"%07o\0" % mode(name),
         b"%07o\0" % 0,
         b"%07o\0" % 0,
         b"%011o\0" % size,
@@ -223,7 +245,7 @@ def header(name: str, size: int) -> bytes:
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
-def _inspect(file: io.BufferedReader, label: str, sha256: str | None) -> tuple[PackageInfo, dict[str, str]]:
+def _inspect(file: io.BufferedReader, label: str, sha256: str | None) -> PackageInfo:
     size = os.fstat(file.fileno()).st_size
     if size > MAX_PACKAGE:
         raise _too_large(f"{label} has {size} bytes")
@@ -245,11 +267,13 @@ def _inspect(file: io.BufferedReader, label: str, sha256: str | None) -> tuple[P
     if by_path[MANIFEST].size > manifests.MAX_MANIFEST:
         raise _too_large(f"{MANIFEST} of {label} has {by_path[MANIFEST].size} bytes")
     text = b"".join(_content(file, by_path[DIGESTS]))
-    listed = _listed(text, label)
+    listed = listing(text, label)
     if listed.keys() != by_path.keys() - {DIGESTS}:
         wrong = min(listed.keys() ^ (by_path.keys() - {DIGESTS}))
         said = "is listed but not there" if wrong in listed else "is there but not listed"
         raise Refused(Code.PACKAGE_DIGEST, f"{label}: {wrong} {said} in {DIGESTS}", _NEW_BUILD)
+    if text != _listing_of(listed):
+        raise Refused(Code.PACKAGE_MALFORMED, f"{label}: {DIGESTS} is not in its one form", _NEW_BUILD)
     for member in members:
         if member.path == DIGESTS:
             continue
@@ -261,8 +285,9 @@ def _inspect(file: io.BufferedReader, label: str, sha256: str | None) -> tuple[P
                 Code.PACKAGE_DIGEST, f"{label}: the content of {member.path} was changed", _NEW_BUILD
             )
     manifest = manifests.parse(b"".join(_content(file, by_path[MANIFEST])), f"{label}: {MANIFEST}")
-    info = PackageInfo(manifest, digest, size, members, hashlib.sha256(text).hexdigest())
-    return info, {**listed, DIGESTS: info.digests}
+    listed[DIGESTS] = hashlib.sha256(text).hexdigest()
+    verified = tuple(msgspec.structs.replace(m, sha256=listed[m.path]) for m in members)
+    return PackageInfo(manifest, digest, size, verified)
 
 
 def _members(file: io.BufferedReader, label: str, size: int) -> Iterator[Member]:
@@ -270,15 +295,15 @@ def _members(file: io.BufferedReader, label: str, size: int) -> Iterator[Member]
     position, count, previous = 0, 0, ""
     while True:
         file.seek(position)
-        block = file.read(_BLOCK)
-        if len(block) < _BLOCK:
+        block = file.read(BLOCK)
+        if len(block) < BLOCK:
             raise _truncated(label, position + len(block))
-        position += _BLOCK
-        if block == bytes(_BLOCK):
-            rest = file.read(_BLOCK + 1)
-            if len(rest) < _BLOCK and rest == bytes(len(rest)):
+        position += BLOCK
+        if block == bytes(BLOCK):
+            rest = file.read(BLOCK + 1)
+            if len(rest) < BLOCK and rest == bytes(len(rest)):
                 raise _truncated(label, size)
-            if rest != bytes(_BLOCK):
+            if rest != bytes(BLOCK):
                 raise Refused(Code.PACKAGE_MALFORMED, f"{label} has data behind its end", _NEW_BUILD)
             return
         member = _member(block, position, label)
@@ -293,7 +318,7 @@ def _members(file: io.BufferedReader, label: str, size: int) -> Iterator[Member]
         count += 1
         if count > MAX_MEMBERS:
             raise _too_large(f"{label} has more than {MAX_MEMBERS} files")
-        padded = member.size + -member.size % _BLOCK
+        padded = member.size + -member.size % BLOCK
         if position + padded > size:
             raise _truncated(label, size)
         file.seek(position + member.size)
@@ -308,7 +333,7 @@ def _member(block: bytes, offset: int, label: str) -> Member:
     """What a header block says of name and size, with a refusal that names what it is instead of a file."""
     if block[257:265] != b"ustar\x0000":
         raise Refused(
-            Code.PACKAGE_MALFORMED, f"{label} is not a ustar archive at byte {offset - _BLOCK}", _NEW_BUILD
+            Code.PACKAGE_MALFORMED, f"{label} is not a ustar archive at byte {offset - BLOCK}", _NEW_BUILD
         )
     short, prefix = (block[a:b].split(b"\0", 1)[0].decode("latin-1") for a, b in ((0, 100), (345, 500)))
     name = f"{prefix}/{short}" if prefix else short
@@ -334,9 +359,7 @@ def _content(file: io.BufferedReader, member: Member) -> Iterator[bytes]:
         yield part
 
 
-def _write(
-    file: io.BufferedReader, members: tuple[Member, ...], digests: dict[str, str], parent: int, name: str
-) -> None:
+def _write(file: io.BufferedReader, members: tuple[Member, ...], parent: int, name: str) -> None:
     """Write every member below the folder `name` of the descriptor `parent`, following no link on the way."""
     with contextlib.ExitStack() as stack:
         folders: dict[str, int] = {}
@@ -354,17 +377,16 @@ def _write(
 
         for member in members:
             above, _, last = member.path.rpartition("/")
-            mode = 0o755 if member.path.startswith("bin/") else 0o644
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(last, flags, mode, dir_fd=folder(above))
+            descriptor = os.open(last, flags, mode(member.path), dir_fd=folder(above))
             with os.fdopen(descriptor, "wb") as target:
-                os.fchmod(descriptor, mode)
+                os.fchmod(descriptor, mode(member.path))
                 seen = hashlib.sha256()
                 for part in _content(file, member):
                     seen.update(part)
                     target.write(part)
                 # the archive could have been changed since it was inspected
-                if seen.hexdigest() != digests[member.path]:
+                if seen.hexdigest() != member.sha256:
                     raise Refused(
                         Code.PACKAGE_DIGEST, f"the content of {member.path} changed while unpacking"
                     )
@@ -374,37 +396,11 @@ def _write(
             os.fsync(descriptor)
 
 
-def _hash_tree(folder: int, prefix: str, depth: int) -> Iterator[tuple[str, str]]:
-    if depth > MAX_DEPTH:
-        raise _unsafe(f"{prefix} is over {MAX_DEPTH} folders deep")
-    for name in sorted(os.listdir(folder)):
-        path = prefix + name
-        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        if stat.S_ISDIR(status.st_mode):
-            descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-            try:
-                yield from _hash_tree(descriptor, path + "/", depth + 1)
-            finally:
-                os.close(descriptor)
-        elif stat.S_ISREG(status.st_mode):
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-            with os.fdopen(descriptor, "rb") as file:
-                yield path, hashlib.file_digest(file, "sha256").hexdigest()
-        else:
-            raise _unsafe(f"{path} is no plain file")
-
-
-def _listed(text: bytes, label: str) -> dict[str, str]:
-    try:
-        return _LISTING.decode(text)
-    except msgspec.MsgspecError as error:
-        raise Refused(Code.PACKAGE_MALFORMED, f"{label}: {DIGESTS}: {error}", _NEW_BUILD) from None
-
-
 def _check_tree(names: list[str]) -> None:
-    """No name may be a file and a folder at once, and folders are few."""
+    """No name may be a file and a folder at once, nor differ from another in case alone; and folders are few."""
     files = set(names)
     folders: set[str] = set()
+    spelt: dict[str, str] = {}
     for name in names:
         above = name
         while "/" in above:
@@ -412,6 +408,10 @@ def _check_tree(names: list[str]) -> None:
             folders.add(above)
             if above in files:
                 raise _unsafe(f"{above!r} is a file, and {name!r} lies in it")
+    for name in (*names, *sorted(folders)):
+        other = spelt.setdefault(name.lower(), name)
+        if other != name:  # one file on a disk that tells no case
+            raise _unsafe(f"{name!r} and {other!r} differ in nothing but case")
     if len(folders) > MAX_FOLDERS:
         raise _too_large(f"{len(folders)} folders")
 

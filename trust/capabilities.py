@@ -1,0 +1,50 @@
+"""Linux's capabilities up to CAP_CHECKPOINT_RESTORE (5.9), and what each lets a program do, by capabilities(7)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Said to a person who has to decide whether a module may have it: "it may …".
+POWERS: Final[dict[str, str]] = {
+    "CAP_AUDIT_CONTROL": "switch the kernel's audit on and off and change its rules",
+    "CAP_AUDIT_READ": "read the kernel's audit log as it is written",
+    "CAP_AUDIT_WRITE": "write records into the kernel's audit log",
+    "CAP_BLOCK_SUSPEND": "keep the machine from suspending",
+    "CAP_BPF": "load eBPF programs and maps into the kernel, where they run with its rights",
+    "CAP_CHECKPOINT_RESTORE": "checkpoint and restore processes, and choose process ids",
+    "CAP_CHOWN": "give any file to any user",
+    "CAP_DAC_OVERRIDE": "read, write and run any file whatever its permissions",
+    "CAP_DAC_READ_SEARCH": "read any file and list any folder whatever its permissions",
+    "CAP_FOWNER": "do to any file what only its owner may, such as changing its mode",
+    "CAP_FSETID": "keep set-user-id bits on files that it changes",
+    "CAP_IPC_LOCK": "lock memory, so that it is never swapped out",
+    "CAP_IPC_OWNER": "use any shared memory and message queue of System V",
+    "CAP_KILL": "send signals to any process",
+    "CAP_LEASE": "take leases on any file, so that others wait for it",
+    "CAP_LINUX_IMMUTABLE": "set and clear the immutable and append-only flags of files",
+    "CAP_MAC_ADMIN": "change the rules of mandatory access control",
+    "CAP_MAC_OVERRIDE": "pass over mandatory access control",
+    "CAP_MKNOD": "make device files",
+    "CAP_NET_ADMIN": "configure interfaces, routes and filters: cut off or redirect all traffic of this machine",
+    "CAP_NET_BIND_SERVICE": "listen on ports below 1024",
+    "CAP_NET_BROADCAST": "send broadcasts and listen to multicasts",
+    "CAP_NET_RAW": "read and forge any packet on the interfaces",
+    "CAP_PERFMON": "trace the kernel and every process, and read kernel memory with eBPF",
+    "CAP_SETFCAP": "give capabilities to program files",
+    "CAP_SETGID": "take on any group",
+    "CAP_SETPCAP": "change the capabilities of itself and its children within its bounds",
+    "CAP_SETUID": "become any user, root too",
+    "CAP_SYSLOG": "read the kernel's log and its addresses",
+    "CAP_SYS_ADMIN": "mount, configure and control nearly everything: as good as root",
+    "CAP_SYS_BOOT": "reboot the machine or start another kernel",
+    "CAP_SYS_CHROOT": "change its root folder and enter mount namespaces",
+    "CAP_SYS_MODULE": "load kernel modules: as good as the kernel itself",
+    "CAP_SYS_NICE": "change priority, scheduling and placement of any process",
+    "CAP_SYS_PACCT": "switch process accounting on and off",
+    "CAP_SYS_PTRACE": "read and change the memory of any process",
+    "CAP_SYS_RAWIO": "reach ports and physical memory of the hardware",
+    "CAP_SYS_RESOURCE": "pass over quotas and resource limits",
+    "CAP_SYS_TIME": "set the clock",
+    "CAP_SYS_TTY_CONFIG": "hang up and configure terminals",
+    "CAP_WAKE_ALARM": "set timers that wake the machine",
+}
