@@ -4,8 +4,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-packages="python3 python3-venv python3-bpfcc clang llvm libbpf-dev bpftool iproute2 util-linux iputils-ping procps"
-[ "${1:-}" = test ] && packages="$packages docker.io nftables git"
+packages="python3 python3-venv python3-bpfcc clang llvm libbpf-dev bpftool iproute2 util-linux iputils-ping procps libseccomp2"
+[ "${1:-}" = test ] && packages="$packages docker.io nftables git systemd"
 
 missing=""
 for package in $packages; do

@@ -58,7 +58,8 @@ class Broker:
     @property
     def url(self) -> str:
         """Where clients connect; known once it runs."""
-        return f"nats://{self._host}:{self._port}"
+        scheme = "tls" if (self.home / "tls" / "server.pem").exists() else "nats"
+        return f"{scheme}://{self._host}:{self._port}"
 
     async def start(self) -> None:
         """Start it and wait until it serves. Raises Refused with the server's own last words where it does not."""

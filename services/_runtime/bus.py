@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import ssl
+import random
 import time
 import uuid
 from collections import Counter
@@ -39,6 +39,8 @@ from loopback.services._runtime.wire import (
     TooLarge,
     Unavailable,
 )
+from loopback.trust import tls
+from loopback.trust.disconnect import disconnect
 
 __all__ = [
     "Bus",
@@ -54,6 +56,7 @@ __all__ = [
 RETRY_S: Final = 30.0  # leaders came back after 4–15 s when measured; twice the worst
 ATTEMPT_S: Final = 3.0
 CONNECT_S: Final = 20.0
+ORDER_S: Final = 5.0  # of which this long with one order of the servers
 RECONNECT_WAIT_S: Final = 0.25
 CLOCK_S: Final = 10.0  # how long one reading of the broker's clock is carried on with the monotonic one
 
@@ -83,32 +86,42 @@ class Bus:
 
         Raises Refused where the credentials do not read or the broker is too old, nats.errors.Error where none answers.
         """
-        identity = read_identity(settings.creds)
-        client = Client()
-        bus = cls(client, identity.name, meter)
-        options: dict[str, Any] = {
-            "servers": settings.url.split(","),
+        servers = settings.url.split(",")
+        random.shuffle(servers)  # replicas spread over the servers
+        deadline = time.monotonic() + CONNECT_S
+        while True:
+            bus = cls._unconnected(settings, meter)
+            try:
+                async with asyncio.timeout(min(ORDER_S, max(deadline - time.monotonic(), 0.1))):
+                    await bus.nc.connect(servers=servers, **bus._options(settings))
+                return bus
+            except TimeoutError:
+                # After a failed TLS handshake the client library waits for ever, and asks no other server.
+                await bus.close()
+                servers.append(servers.pop(0))
+                if time.monotonic() >= deadline:
+                    raise nats.errors.NoServersError from None
+
+    @classmethod
+    def _unconnected(cls, settings: Settings, meter: metrics.Meter | None) -> Self:
+        return cls(Client(), read_identity(settings.creds).name, meter)
+
+    def _options(self, settings: Settings) -> dict[str, Any]:
+        return {
             "user_credentials": str(settings.creds),
-            "name": f"loopback-{identity.name}-{settings.instance}",
-            "inbox_prefix": subjects.inbox(subjects.untoken(identity.name)),
+            "name": f"loopback-{self.name}-{settings.instance}",
+            "inbox_prefix": subjects.inbox(subjects.untoken(self.name)),
+            "dont_randomize": True,
             "connect_timeout": 3,
             "reconnect_time_wait": RECONNECT_WAIT_S,
             "max_reconnect_attempts": -1,
             "ping_interval": 10,
-            "error_cb": bus._on_error,
-            "reconnected_cb": bus._on_reconnected,
-            "closed_cb": bus._on_closed,
+            "error_cb": self._on_error,
+            "reconnected_cb": self._on_reconnected,
+            "closed_cb": self._on_closed,
             "pending_size": 8 * 1024 * 1024,
+            **tls.options(settings.url, settings.authority),
         }
-        if settings.url.startswith("tls:"):
-            options["tls"] = ssl.create_default_context()
-        try:
-            async with asyncio.timeout(CONNECT_S):
-                await client.connect(**options)
-        except TimeoutError:
-            await bus.close()
-            raise nats.errors.NoServersError from None
-        return bus
 
     async def close(self) -> None:
         """Send what is buffered and disconnect."""
@@ -119,7 +132,8 @@ class Bus:
                     await self.nc.flush(timeout=2)
                 except (nats.errors.Error, TimeoutError) as error:
                     log.warning("closing without a last flush: %s", error)
-            await self.nc.close()
+            if not await disconnect(self.nc):
+                log.warning("the connection is left half closed")
 
     async def __aenter__(self) -> Self:
         return self

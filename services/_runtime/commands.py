@@ -8,6 +8,7 @@ and is done; the same id at another place is a replay and is refused.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,8 +21,9 @@ from opentelemetry import metrics, trace
 from loopback.contracts import envelope, events, subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.envelope import Envelope
-from loopback.contracts.messages import AnyCommand, JournalEntry, Result, decode_command
-from loopback.contracts.trustdoc import Role, Trust
+from loopback.contracts.messages import AnyCommand, Command, JournalEntry, Result, decode_command
+from loopback.contracts.trustdoc import Trust
+from loopback.contracts.verbs import VERBS
 from loopback.services._runtime import tracing, wire
 from loopback.services._runtime.bus import Bus, Conflict, Outgoing, Stored
 from loopback.services._runtime.service import Service
@@ -60,7 +62,7 @@ class CommandContext(NamedTuple):
 
 #: Raises Refused where the answer is no, and Conflict where what it looked at has changed: it is called again then.
 Handler = Callable[[CommandContext], Awaitable[Accepted]]
-Handlers = Mapping[type, tuple[Role, Handler]]
+Handlers = Mapping[type[Command], Handler]
 
 
 class Trusts(Protocol):
@@ -85,6 +87,11 @@ async def serve_commands(service: Service, handlers: Handlers) -> None:
         desk.handle,
         parallel=PARALLEL,
     )
+
+
+def authorised(trust: Trust, keyids: tuple[str, ...], command: AnyCommand) -> tuple[str, ...]:
+    """The operators by whose role a command may be: `verbs.VERBS` says which. Raises Refused(COMMAND_UNAUTHORISED)."""
+    return trust.authorise(keyids, VERBS[type(command)].role, command.workspace)
 
 
 class _Progress:
@@ -178,14 +185,13 @@ class Desk:
             )
         if type(command) not in self._handlers:
             raise Refused(Code.COMMAND_UNKNOWN, f"{self._name} does not handle {progress.kind}")
-        role, _ = self._handlers[type(command)]
         # 6. Somebody known signed it. 7. That somebody may. An answer of no is given only by the newest trust document.
         try:
-            self._authenticate(await self._current_trust(), sealed, role, command, progress)
+            self._authenticate(await self._current_trust(), sealed, command, progress)
         except Refused:
             if not await self._trust.look_again():
                 raise
-            self._authenticate(await self._current_trust(), sealed, role, command, progress)
+            self._authenticate(await self._current_trust(), sealed, command, progress)
         # 8. It is valid now, by the broker's clock.
         now = await self._bus.now()
         if command.expires_at - command.issued_at > MAX_VALIDITY:
@@ -212,11 +218,9 @@ class Desk:
         except Refused as refused:  # our trouble, not the operator's: the command comes again
             raise RuntimeError(f"no trust document to judge by: {refused}") from refused
 
-    def _authenticate(
-        self, trust: Trust, sealed: Envelope, role: Role, command: AnyCommand, progress: _Progress
-    ) -> None:
+    def _authenticate(self, trust: Trust, sealed: Envelope, command: AnyCommand, progress: _Progress) -> None:
         _, progress.keyids = envelope.open_envelope(sealed, envelope.COMMAND, trust.operator_keys)
-        progress.operators = trust.authorise(progress.keyids, role, command.workspace)
+        progress.operators = authorised(trust, progress.keyids, command)
 
     async def _decide(
         self, context: CommandContext | None, progress: _Progress, refused: Refused | None
@@ -250,7 +254,7 @@ class Desk:
                 )
         accepted = Accepted()
         if context is not None:
-            _, handler = self._handlers[type(context.command)]
+            handler = self._handlers[type(context.command)]
             try:
                 accepted = await handler(context)
             except Refused as error:
@@ -287,6 +291,8 @@ class Desk:
             refusal=result.refusal,
             subject=stored.subject,
             detail=detail,
+            sequence=stored.sequence,
+            sha256=hashlib.sha256(stored.data).hexdigest(),
         )
         await self._bus.batch(
             (

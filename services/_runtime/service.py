@@ -17,7 +17,7 @@ from opentelemetry import metrics, trace
 
 import loopback
 from loopback.contracts.keys import SigningKey
-from loopback.services._runtime import http, tracing
+from loopback.services._runtime import http, streams, tracing
 from loopback.services._runtime.bus import Bus, require_api_level
 from loopback.services._runtime.metrics import Metrics
 from loopback.services._runtime.settings import Settings, read_identity
@@ -62,6 +62,8 @@ class _Stop(Exception):
 async def run(name: str, settings: Settings, start: Start, *, stop: asyncio.Event | None = None) -> None:
     """Run a service until SIGTERM, SIGINT or `stop`; then let handlers finish, flush spans and leave.
 
+    It begins to work once the streams are there, and waits for whoever makes them.
+
     Raises what `start` or one of its tasks raises (as a group), Refused for wrong settings, BusLost.
     """
     asked = stop or asyncio.Event()
@@ -77,11 +79,13 @@ async def run(name: str, settings: Settings, start: Start, *, stop: asyncio.Even
         meter = meters.provider.get_meter(f"loopback.{name}")
         bus = await stack.enter_async_context(await Bus.connect(settings, meter=meter))
         await require_api_level(bus)
-        ready = asyncio.Event()
+        waiting, ready = asyncio.Event(), asyncio.Event()
 
         def not_ready() -> str:
             if not bus.nc.is_connected:
                 return "no connection to the broker"
+            if waiting.is_set():
+                return "the broker's streams are not there yet: run 'loopback bus init'"
             return "" if ready.is_set() else "starting"
 
         port = await stack.enter_async_context(
@@ -114,15 +118,16 @@ async def run(name: str, settings: Settings, start: Start, *, stop: asyncio.Even
                     log=logging.getLogger(f"loopback.{name}"),
                     ready=ready,
                 )
-                group.create_task(trust.run())
-                group.create_task(_start(service, start))
+                group.create_task(_start(service, start, waiting))
                 await _until(asked, bus)
                 raise _Stop
         except* _Stop:
             log.info("%s %s ends", name, settings.instance)
 
 
-async def _start(service: Service, start: Start) -> None:
+async def _start(service: Service, start: Start, waiting: asyncio.Event) -> None:
+    await streams.present(service.bus, waiting)
+    service.group.create_task(service.trust.run())
     await start(service)
     service.ready.set()
 

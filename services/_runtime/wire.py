@@ -23,6 +23,8 @@ NO_STREAM: Final = 10059
 NO_CONSUMER: Final = 10014
 STREAM_NAME_TAKEN: Final = 10058  # with another configuration; the same again is no error
 STREAM_OVERLAP: Final = 10065
+REPLICAS_UNSUPPORTED: Final = 10074  # more than one, on a server without a cluster
+NO_PEERS: Final = 10005  # fewer servers in the cluster than replicas
 
 
 class Outgoing(msgspec.Struct, frozen=True):

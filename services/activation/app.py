@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from loopback.contracts import subjects
-from loopback.contracts.messages import RolloutAbort, RolloutPause, RolloutResume, RolloutStart
-from loopback.contracts.trustdoc import Role
+from loopback.contracts.messages import (
+    RolloutAbort,
+    RolloutApprove,
+    RolloutPause,
+    RolloutResume,
+    RolloutStart,
+)
 from loopback.services._runtime.commands import serve_commands
 from loopback.services._runtime.service import Service
 from loopback.services.activation.fleet import Fleet
@@ -47,9 +52,10 @@ async def start(service: Service) -> None:
     await serve_commands(
         service,
         {
-            RolloutStart: (Role.RELEASER, handlers.start),
-            RolloutPause: (Role.RELEASER, handlers.pause),
-            RolloutResume: (Role.RELEASER, handlers.resume),
-            RolloutAbort: (Role.RELEASER, handlers.abort),
+            RolloutStart: handlers.start,
+            RolloutApprove: handlers.approve,
+            RolloutPause: handlers.pause,
+            RolloutResume: handlers.resume,
+            RolloutAbort: handlers.abort,
         },
     )

@@ -11,11 +11,12 @@ from datetime import datetime
 
 import msgspec
 
-from loopback.contracts import envelope
+from loopback.contracts import approvals, envelope, exposure
 from loopback.contracts.codes import Code, Refused
+from loopback.contracts.envelope import Envelope
 from loopback.contracts.messages import Release, RolloutStart, decode_policy
 from loopback.contracts.rolloutstate import FINAL, HOLDING, Rollout, State, Workspace
-from loopback.contracts.trustdoc import Role, Trust
+from loopback.contracts.trustdoc import Role, Trust, WorkspaceRules
 
 
 def new(workspace: Workspace, start: RolloutStart, now: datetime) -> None:
@@ -48,6 +49,44 @@ def peers(workspace: Workspace, start: RolloutStart, hosts: Iterable[str]) -> No
                 f"rollout {name!r} of {start.module} is {other.state} and holds host {shared[0]!r}{more}",
                 f"wait for it, or end it with 'loopback rollout abort {name}'",
             )
+
+
+def order(workspace: Workspace, start: RolloutStart, hosts: Iterable[str]) -> None:
+    """Refuse a start that was signed before one of the same module that its hosts were asked to obey: they refuse it too.
+
+    Raises COMMAND_CONFLICT.
+    """
+    selected = set(hosts)
+    for other in workspace.rollouts.values():
+        if other.created.module != start.module or other.start.issued_at <= start.issued_at:
+            continue
+        asked = sorted(h for h in other.hosts.keys() & selected if other.hosts[h].generation)
+        if asked:
+            raise Refused(
+                Code.COMMAND_CONFLICT,
+                f"it was signed at {start.issued_at.isoformat()}, before rollout {other.id!r} "
+                f"({other.start.issued_at.isoformat()}), which {asked[0]!r} may have obeyed already",
+                "sign it again",
+            )
+
+
+def rules(start: RolloutStart, found: WorkspaceRules) -> None:
+    """Refuse what every host would refuse by the workspace's rules. Raises HOST_BELOW_FLOOR, HOST_PUBLISHER."""
+    if start.scope.absent:
+        return
+    floor = found.floors.get(start.module)
+    if floor is not None and exposure.is_below(start.version, floor.version):
+        raise Refused(
+            Code.HOST_BELOW_FLOOR,
+            f"version: {start.module} {start.version} is below {floor.version}, the floor in {start.workspace!r}",
+            f"choose {floor.version} or newer, or have the trust document changed",
+        )
+    if found.regulated and not found.publishers.get(start.module):
+        raise Refused(
+            Code.HOST_PUBLISHER,
+            f"module: {start.workspace!r} is regulated, and nobody is pinned as publisher of {start.module!r} there",
+            "have publishers pinned in the trust document",
+        )
 
 
 def release(start: RolloutStart, found: Release | None) -> int:
@@ -129,6 +168,35 @@ def find(workspace: Workspace, name: str) -> Rollout:
             "find out who wrote to the workspace's stream; start a new rollout for its hosts",
         )
     return found
+
+
+def may_approve(rollout: Rollout, signed: Envelope, trust: Trust, now: datetime) -> tuple[str, ...]:
+    """The names of the operators by whom `signed` approves a rollout that needs it.
+
+    It needs one while it waits for it; and also later, where its workspace is regulated by now and no approval counts that
+    it has. Raises ROLLOUT_STATE, SCOPE_EXPIRED, and what `approvals.check` raises.
+    """
+    if rollout.state not in (State.DRAFT, State.AWAITING_APPROVAL, State.READY, State.RUNNING, State.PAUSED):
+        raise _state(rollout, "approve", "it asks nothing more of hosts")
+    start = approvals.start_of(rollout.created.envelope, rollout.workspace, rollout.id, trust)
+    try:
+        given = approvals.approvers(rollout.approvals, start, trust)
+    except Refused:
+        given = ()
+    if given:
+        raise _state(rollout, "approve", f"{', '.join(given)} approved it already")
+    if rollout.state is not State.AWAITING_APPROVAL and not trust.rules(rollout.workspace).regulated:
+        raise _state(rollout, "approve", f"{rollout.workspace!r} is not regulated: it needs no approval")
+    if now >= rollout.start.scope.not_after:
+        raise Refused(
+            Code.SCOPE_EXPIRED,
+            f"the time that rollout {rollout.id!r} was signed for is over",
+            "have it started again",
+        )
+    names = approvals.check(signed, start, trust)
+    if len(rollout.approvals) >= approvals.MAX_APPROVALS:
+        raise _state(rollout, "approve", f"it has {len(rollout.approvals)} approvals that no longer count")
+    return names
 
 
 def may_pause(rollout: Rollout) -> None:

@@ -14,6 +14,7 @@ until it has nothing more to say. Rules:
 8. A scope that ends while hosts are still to be asked halts the rollout, also where `on_failure` is rollback: nothing
    failed, and the hosts that have the change keep it. Taking them back is for a person to say.
 9. A rollout that returns when hosts no longer may is over; whoever has not returned is named.
+10. A rollout that needs another operator's approval asks no host before it is there; a verdict against it ends it all the same.
 
 Cost: in proportion to the hosts that change, not to the fleet.
 """
@@ -57,7 +58,7 @@ def decide(workspace: Workspace, rollout: Rollout, now: datetime, recorded: Cont
     if rollout.broken:
         return ()
     match rollout.state:
-        case State.DRAFT | State.READY:
+        case State.DRAFT | State.AWAITING_APPROVAL | State.READY:
             return _begin(rollout, now)
         case State.RUNNING | State.PAUSED | State.ROLLING_BACK:
             if expired := _expired(rollout, now):
@@ -76,7 +77,9 @@ def decide(workspace: Workspace, rollout: Rollout, now: datetime, recorded: Cont
 def due(rollout: Rollout) -> datetime | None:
     """When there is something to decide even if nothing is reported until then; None for never."""
     match rollout.state:
-        case State.DRAFT:
+        case State.DRAFT | State.AWAITING_APPROVAL:
+            if rollout.state is State.AWAITING_APPROVAL and (rollout.judged or rollout.start.scope.absent):
+                return rollout.start.scope.not_after
             return min(rollout.start.scope.not_after, rollout.created_at + VERDICTS_WITHIN)
         case State.READY:
             return rollout.start.scope.not_before
@@ -107,18 +110,24 @@ _NO_RECORD: Final = Refusal(
 
 def _begin(rollout: Rollout, now: datetime) -> Events:
     scope = rollout.start.scope
+    waits = rollout.state is State.AWAITING_APPROVAL
+    if now >= scope.not_after and waits:
+        return _refuse(
+            Code.ROLLOUT_UNAPPROVED, f"nobody approved it before its time ended at {scope.not_after.isoformat()}",
+            "start it again, and have another operator run 'loopback rollout approve' in time",
+        )  # fmt: skip
     if now >= scope.not_after:
         return _refuse(
             Code.SCOPE_EXPIRED, f"its time ended at {scope.not_after.isoformat()} before it could start",
             "check that eligibility and delivery run, and start it again",
         )  # fmt: skip
     if not scope.absent:  # taking a module away needs neither a release nor a permission
-        if rollout.state is State.DRAFT:
+        if not rollout.judged:
             return _unjudged(rollout) if now - rollout.created_at >= VERDICTS_WITHIN else ()
         for verdict in rollout.verdicts.values():
             if verdict.refusal is not None:
                 return (journal.RolloutRefused(refusal=verdict.refusal),)
-    if now < scope.not_before:
+    if waits or now < scope.not_before:
         return ()
     eligible = [m for m in rollout.created.members if m.host not in rollout.skipped]
     waves = rolloutplan.plan(rollout.start.waves, eligible)
@@ -249,6 +258,11 @@ def _settle(rollout: Rollout, wave: WaveProgress, now: datetime, doubtful: bool)
     too_few = wave.answered < min(rollout.start.gates.min_sample, len(wave.hosts))
     if inconclusive and (doubtful or no_success or too_few):
         reason = f"wave {wave.name!r} is inconclusive: {inconclusive} hosts could not confirm the change"
+        if unapproved := _unapproved(rollout, wave):
+            reason = (
+                f"wave {wave.name!r} is inconclusive: {unapproved} hosts change nothing without another operator's "
+                f"approval ('loopback rollout approve {rollout.id}', then 'loopback rollout resume {rollout.id}')"
+            )
         return (
             journal.WaveInconclusive(wave=rollout.current, inconclusive=inconclusive),
             journal.Paused(reason=reason),
@@ -257,6 +271,17 @@ def _settle(rollout: Rollout, wave: WaveProgress, now: datetime, doubtful: bool)
         until = now + timedelta(seconds=wave.soak_s)
         return (journal.WaveSoaking(wave=rollout.current, until=until),)
     return _next(rollout)
+
+
+def _unapproved(rollout: Rollout, wave: WaveProgress) -> int:
+    """How many hosts of the wave miss an approval; it may be that their workspace became regulated meanwhile."""
+    waiting = (rollout.hosts[h] for h in wave.hosts)
+    return sum(
+        p.standing is Standing.INCONCLUSIVE
+        and p.failure is not None
+        and p.failure.code is Code.ROLLOUT_UNAPPROVED
+        for p in waiting
+    )
 
 
 def _next(rollout: Rollout) -> Events:

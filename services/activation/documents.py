@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from loopback.contracts import envelope, events, journal, subjects
+from loopback.contracts.approvals import MAX_APPROVALS
 from loopback.contracts.desired import DesiredModule, DesiredState
 from loopback.contracts.envelope import Envelope
 from loopback.contracts.keys import SigningKey
@@ -20,6 +21,10 @@ from loopback.contracts.rolloutfold import entry_for
 from loopback.contracts.rolloutstate import Entry, Rollout, Workspace
 
 Environment = Literal["production", "staging", "sandbox"]
+
+
+#: A host's record, and its own claim to it where the record is an invitation.
+Word = tuple[Envelope, Envelope | None]
 
 
 class Draft(msgspec.Struct, frozen=True):
@@ -69,30 +74,45 @@ class Chain:
         )
 
 
+def extended(workspace: Workspace, links: Iterable[Draft]) -> tuple[int, str]:
+    """How many links the workspace's chain has, and its head, once these are stored behind what was folded."""
+    count, head = workspace.links, workspace.head
+    for link in links:
+        count, head = count + 1, journal.chained(head, journal.digest(link.data))
+    return count, head
+
+
 def desired(
     workspace: Workspace,
     rollout: Rollout,
     event: journal.Assigned,
     *,
     head: str,
-    records: Callable[[str], Envelope | None],
+    links: int,
+    records: Callable[[str], Word | None],
     environment: Environment,
     at: datetime,
 ) -> Iterable[DesiredState]:
-    """The desired states that an assignment means, for the state before it is folded. `head` is its link's digest."""
+    """The desired states that an assignment means, for the state before it is folded.
+
+    `head` is the workspace's chain after `links` links, those of this very decision included.
+    """
     for assignment in event.hosts:
         ledger = workspace.hosts.get(assignment.host)
         known = ledger.modules.items() if ledger else ()
         entries = {name: module.entry for name, module in known if module.entry is not None}
         entries[rollout.created.module] = entry_for(rollout, event, assignment)
+        record, claim = records(assignment.host) or (None, None)
         yield DesiredState(
             host=assignment.host,
             workspace=workspace.name,
             generation=assignment.generation,
             modules=tuple(_module(workspace.rollouts[e.rollout], e) for _, e in sorted(entries.items())),
             issued_at=at,
-            record=records(assignment.host),
+            record=record,
+            claim=claim,
             journal_head=head,
+            journal_links=links,
             incarnation=ledger.incarnation if ledger else "",
             environment=environment,
         )
@@ -114,6 +134,7 @@ def _module(rollout: Rollout, entry: Entry) -> DesiredModule:
         not_after=None if entry.returning else entry.not_after,
         returning=entry.returning,
         abort=rollout.abort if entry.returning else None,
+        approvals=rollout.approvals[:MAX_APPROVALS],
     )
 
 

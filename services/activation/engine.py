@@ -17,7 +17,6 @@ from typing import Final, NamedTuple
 from opentelemetry import metrics, propagate, trace
 
 from loopback.contracts import journal, subjects
-from loopback.contracts.envelope import Envelope
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Presence, Verdict
 from loopback.contracts.reports import Status
@@ -274,17 +273,18 @@ class Engine:
         self, rollout: Rollout, events: Sequence[journal.AnyEvent], now: datetime, traceparent: str
     ) -> list[Draft]:
         chain = Chain.of(rollout)
-        links: list[Draft] = []
         desired: list[Draft] = []
         workspace = self.store.workspace
+        links = [chain.seal(event, now, traceparent) for event in events]
+        count, head = documents.extended(self.store.state, links)
         for event in events:
-            links.append(chain.seal(event, now, traceparent))
             if isinstance(event, journal.Assigned):
                 states = documents.desired(
                     self.store.state,
                     rollout,
                     event,
-                    head=chain.head,
+                    head=head,
+                    links=count,
                     records=self._record,
                     environment=self.fleet.environments.get(workspace, "production"),
                     at=now,
@@ -292,6 +292,6 @@ class Engine:
                 desired.extend(documents.sealed(state, self.key, traceparent) for state in states)
         return desired + links
 
-    def _record(self, host: str) -> Envelope | None:
+    def _record(self, host: str) -> documents.Word | None:
         found = self.fleet.hosts.get(self.store.workspace, {}).get(host)
-        return found.envelope if found else None
+        return (found.envelope, found.claim) if found else None

@@ -10,11 +10,14 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from loopback.contracts import journal
+from loopback.contracts.codes import Code
+from loopback.contracts.desired import MAX_LEARNT_GENERATION
 from loopback.contracts.journal import Observation
 from loopback.contracts.messages import Presence, Verdict
 from loopback.contracts.reports import FINAL, ModuleStatus, Phase, Status
 from loopback.contracts.rolloutstate import (
     MAX_REBIRTHS,
+    HostLedger,
     HostProgress,
     ModuleLedger,
     Standing,
@@ -46,15 +49,24 @@ def observations(workspace: Workspace, status: Status) -> list[tuple[str, Observ
         rollout = workspace.rollouts[known.entry.rollout]
         progress = rollout.hosts.get(status.host)
         report = said.get(module)
-        if report is None and reborn:
+        ahead = not reborn and _ahead(ledger, status)
+        if report is None and (reborn or ahead):
             report = ModuleStatus(module=module, phase=Phase.IDLE, generation=0)
         if report is None or progress is None or rollout.broken:
             continue
         if reborn and progress.rebirths > MAX_REBIRTHS:
             continue  # that it fails is journaled; nothing that it says in this rollout matters any more
-        if reborn or _news(known, progress, report):
-            found.append((rollout.id, _observation(status, report)))
+        flood = progress.observations >= MAX_OBSERVATIONS
+        if reborn or (ahead and not flood) or _news(known, progress, report):
+            found.append((rollout.id, _observation(status, report, status.generation if ahead else 0)))
     return found
+
+
+def _ahead(ledger: HostLedger, status: Status) -> bool:
+    """Whether the host obeyed a document that activation does not know of: above what it was told, or in its place."""
+    taken = status.refusal is not None and status.refusal.code is Code.HOST_GENERATION
+    lowest = ledger.generation if taken else ledger.generation + 1
+    return lowest <= status.generation <= MAX_LEARNT_GENERATION
 
 
 def _news(known: ModuleLedger, progress: HostProgress, report: ModuleStatus) -> bool:
@@ -73,7 +85,7 @@ def _news(known: ModuleLedger, progress: HostProgress, report: ModuleStatus) -> 
     ) or report.enforcing != progress.enforcing
 
 
-def _observation(status: Status, report: ModuleStatus) -> Observation:
+def _observation(status: Status, report: ModuleStatus, document: int) -> Observation:
     return Observation(
         host=status.host,
         phase=report.phase,
@@ -84,6 +96,7 @@ def _observation(status: Status, report: ModuleStatus) -> Observation:
         health=report.health,
         enforcing=report.enforcing,
         refusal=report.refusal,
+        document=document,
     )
 
 
@@ -110,7 +123,7 @@ def verdict(workspace: Workspace, seen: Verdict) -> bool:
     rollout = workspace.rollouts.get(seen.rollout)
     return (
         rollout is not None
-        and rollout.state is State.DRAFT
+        and rollout.state in (State.DRAFT, State.AWAITING_APPROVAL)
         and not rollout.broken
         and seen.workspace == workspace.name
         and seen.service not in rollout.verdicts

@@ -8,12 +8,12 @@ from typing import Final
 
 import msgspec
 
-from loopback.contracts import subjects
+from loopback.contracts import hostrecord, subjects
 from loopback.contracts.codes import Refused
 from loopback.contracts.decoding import Decoder
 from loopback.contracts.envelope import Envelope, payload_of
 from loopback.contracts.keys import PublicKey
-from loopback.contracts.messages import HostPut, Record, WorkspacePut, decode_command
+from loopback.contracts.messages import Record, WorkspacePut, decode_command
 from loopback.services._runtime.bus import Bus, Stored
 from loopback.services.activation.documents import Environment
 
@@ -23,11 +23,12 @@ _RECORDS: Final = Decoder(msgspec.json.Decoder(Record))
 
 
 class Host(msgspec.Struct, frozen=True):
-    """One host's record."""
+    """One host's record; `envelope` and `claim` are what it was read from."""
 
     envelope: Envelope
     labels: dict[str, str]
     key: PublicKey
+    claim: Envelope | None = None
 
 
 class Fleet:
@@ -58,25 +59,27 @@ class Fleet:
         self._sequences[stored.subject] = stored.sequence
         try:
             record = _RECORDS.decode(stored.data)
-            command = decode_command(payload_of(record.envelope))
-            self._take(record, command)
+            self._take(record)
         except (msgspec.MsgspecError, RecursionError, Refused) as error:
             log.error(
                 "the record on %s (sequence %d) does not read: %s", stored.subject, stored.sequence, error
             )
 
-    def _take(self, record: Record, command: object) -> None:
-        match command:
-            case WorkspacePut():
-                self.environments[command.workspace] = command.environment
-            case HostPut(absent=True):
-                self.hosts.get(command.workspace, {}).pop(command.host, None)
-            case HostPut():
-                self.hosts.setdefault(command.workspace, {})[command.host] = Host(
-                    record.envelope, dict(command.labels), PublicKey.parse(command.public_key)
+    def _take(self, record: Record) -> None:
+        if record.kind == hostrecord.KIND:
+            found = hostrecord.of(record)
+            if found.absent:
+                self.hosts.get(found.workspace, {}).pop(found.host, None)
+            else:
+                self.hosts.setdefault(found.workspace, {})[found.host] = Host(
+                    record.envelope, found.labels, PublicKey.parse(found.public_key), record.claim
                 )
-            case _:
-                log.error("a record of kind %r holds a %s", record.kind, type(command).__name__)
+            return
+        command = decode_command(payload_of(record.envelope))
+        if isinstance(command, WorkspacePut):
+            self.environments[command.workspace] = command.environment
+        else:
+            log.error("a record of kind %r holds a %s", record.kind, type(command).__name__)
 
     async def refresh(self, bus: Bus, workspace: str, host: str) -> None:
         """Read one host's record from the stream's leader: the fold may be a moment behind."""

@@ -23,6 +23,7 @@ from loopback.contracts.messages import (
     Presence,
     Release,
     RolloutAbort,
+    RolloutApprove,
     RolloutPause,
     RolloutResume,
     RolloutStart,
@@ -73,17 +74,20 @@ class Handlers:
         assert isinstance(command, RolloutStart)
         engine = await self.workspaces.engine(command.workspace)
         rolloutplan.check(command)
+        trust = await self.trust.current()
+        rules = trust.rules(command.workspace)
+        checks.rules(command, rules)
         size, blob = 0, None
         if not command.scope.absent:
             size = checks.release(command, await self._release(command))
             blob = await self._policy(command.scope.policy) if command.scope.policy else None
-        trust = await self.trust.current()
         await engine.store.synced()
         state, revision = engine.store.state, engine.store.revision  # from here on nothing waits
         checks.new(state, command, context.now)
         hosts = {name: h.labels for name, h in self.fleet.hosts.get(command.workspace, {}).items()}
         members = rolloutplan.members(command, hosts)
         checks.peers(state, command, (m.host for m in members))
+        checks.order(state, command, (m.host for m in members))
         checks.policy(state, command, blob, trust)
         traceparent = context.stored.headers.get("traceparent") or tracing.traceparent()
         created = journal.Created(
@@ -99,6 +103,7 @@ class Handlers:
             policy=command.scope.policy,
             policy_serial=command.scope.policy_serial,
             traceparent=traceparent,
+            approvals_needed=1 if rules.regulated else 0,
         )
         link = self._link(Chain(command.workspace, command.rollout, 0, ""), created, context)
         if len(link.data) > MAX_LINK:
@@ -108,7 +113,20 @@ class Handlers:
                 "split the rollout, or ask for fewer labels in its waves",
             )
         detail = {"rollout": command.rollout, "hosts": str(len(members))}
+        if created.approvals_needed:
+            detail["approvals_needed"] = str(created.approvals_needed)
         return Accepted(detail=detail, also=(link,), expected_last=revision)
+
+    async def approve(self, context: CommandContext) -> Accepted:
+        """RolloutApprove: another operator's signature under the very command that was accepted."""
+        command = context.command
+        assert isinstance(command, RolloutApprove)
+        trust = await self.trust.current()
+        engine = await self._at(command.workspace)
+        rollout = checks.find(engine.store.state, command.rollout)
+        names = checks.may_approve(rollout, context.envelope, trust, context.now)
+        event = journal.Approved(envelope=context.envelope, keyids=context.keyids, operators=names)
+        return self._next(engine, command.rollout, event, context)
 
     async def pause(self, context: CommandContext) -> Accepted:
         """RolloutPause."""

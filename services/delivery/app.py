@@ -1,4 +1,4 @@
-"""Wiring: what delivery listens to, and the one timer that keeps metadata fresh."""
+"""Wiring: what delivery listens to, and the keeper that keeps metadata fresh."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import Final
 from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.messages import MetadataPublish, ReleasePublish
-from loopback.contracts.trustdoc import Role
-from loopback.services._runtime.bus import Stored, Unavailable
+from loopback.services._runtime.bus import Stored
 from loopback.services._runtime.commands import serve_commands
 from loopback.services._runtime.service import Service
-from loopback.services._runtime.wire import ApiError
 from loopback.services.delivery.handlers import NAME, Handlers
+from loopback.services.delivery.keeper import Keeper
 from loopback.services.delivery.store import OnlineKeys, Store
 
 PARALLEL: Final = 4
-RENEW_EVERY_S: Final = 60.0  # between looks; a timestamp lives a day and is renewed after half of it
+INBOX: Final = Path("tuf") / "inbox"  # below the home: changes that come by hand
 
 
 async def start(service: Service) -> None:
@@ -32,8 +31,19 @@ async def start(service: Service) -> None:
     handlers = Handlers(bus, store, service.trust, scratch, service.tracer, service.meter)
     if await store.import_seed(service.settings.home / "tuf" / "seed"):
         service.log.info("published the first repository, from %s", service.settings.home / "tuf" / "seed")
-    await store.renew()
-    group.create_task(renew(service, store))
+    if await store.adopt_pinned():
+        service.log.warning(
+            "published the root that was pinned here by hand; whoever follows the old one stops"
+        )
+    keeper = Keeper(
+        store,
+        service.settings.home / INBOX,
+        service.meter,
+        service.log,
+        published=service.trust.refresh,  # so that the next command is judged by it
+    )
+    await keeper.look()
+    group.create_task(keeper.run())
 
     working: set[str] = set()
 
@@ -63,8 +73,8 @@ async def start(service: Service) -> None:
     await serve_commands(
         service,
         {
-            ReleasePublish: (Role.RELEASER, handlers.publish_release),
-            MetadataPublish: (Role.ADMIN, handlers.publish_metadata),
+            ReleasePublish: handlers.publish_release,
+            MetadataPublish: handlers.publish_metadata,
         },
     )
 
@@ -76,21 +86,6 @@ def workspace_of(stored: Stored, log: logging.Logger) -> str | None:
     except Refused as refused:
         log.error("%s (sequence %d) is left out: %s", stored.subject, stored.sequence, refused)
         return None
-
-
-async def renew(service: Service, store: Store, every_s: float = RENEW_EVERY_S) -> None:
-    """Renew what is due, for ever. What goes wrong is logged and tried again: a day's life leaves many attempts."""
-    while True:
-        await asyncio.sleep(every_s)
-        try:
-            if await store.renew():
-                service.log.info("renewed the repository's timestamp")
-        except (Unavailable, ApiError) as error:
-            service.log.warning("the repository's timestamp was not renewed: %s", error)
-        except Refused as refused:
-            if refused.code != Code.TUF_INVALID:
-                raise
-            service.log.error("the repository on the bus does not read: %s", refused)
 
 
 def _pinned(path: Path) -> bytes:

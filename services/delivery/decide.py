@@ -11,21 +11,21 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
 from typing import Final
 
 import msgspec
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Root, Snapshot, Targets, Timestamp  # type: ignore[attr-defined]  # tuf says no __all__
 
-from loopback.contracts import journal
+from loopback.contracts import journal, trustcheck
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.envelope import POLICY, open_envelope, parse
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Release, ReleasePublish, decode_policy
-from loopback.contracts.trustdoc import EVERY_WORKSPACE, Role, Trust
-from loopback.trust import signing
+from loopback.contracts.trustdoc import Role, Trust
+from loopback.trust import signing, standing
 from loopback.trust.manifest import Manifest
 from loopback.trust.repository import MAX_ROOT, MAX_TARGETS, TargetInfo, target_path
 
@@ -38,14 +38,18 @@ _NAME = re.compile(r"(?P<version>[1-9][0-9]{0,9})\.(?P<role>root|targets|module-
 class Repository(msgspec.Struct, frozen=True):
     """What is published: the bytes of every root, of the timestamp, of its snapshot and of the files that this names.
 
-    `revision` is the stream's last sequence when it was read.
+    `revision` is the stream's last sequence when it was read. `anew` holds the current files by role where timestamp and
+    snapshot are not to be believed: their keys are being replaced, and versions are counted anew.
     """
 
     files: dict[str, bytes]
     revision: int
+    anew: dict[str, bytes] | None = None
 
     def current(self) -> dict[str, bytes]:
         """Targets files, top-level and delegated, by role."""
+        if self.anew is not None:
+            return self.anew
         meta = signing.parse(Snapshot, self.snapshot).meta
         return {
             name.removesuffix(".json"): self.files[f"{info.version}.{name}"] for name, info in meta.items()
@@ -67,31 +71,93 @@ class Repository(msgspec.Struct, frozen=True):
         """The newest root's version."""
         return max(int(n.split(".")[0]) for n in self.files if n.endswith(".root.json"))
 
+    @property
+    def root(self) -> bytes:
+        """The newest root."""
+        return self.files[signing.filename("root", self.root_version)]
+
+    @property
+    def versions(self) -> tuple[int, int]:
+        """Of snapshot and timestamp, from which the next ones are counted."""
+        if self.anew is not None:
+            return 0, 0
+        return signing.parse(Snapshot, self.snapshot).version, signing.parse(
+            Timestamp, self.timestamp
+        ).version
+
+
+class SigningKeys(msgspec.Struct, frozen=True):
+    """With which keys snapshot and timestamp are signed: those that the root names."""
+
+    snapshot: tuple[SigningKey, ...]
+    timestamp: tuple[SigningKey, ...]
+
+
+class Expiry(msgspec.Struct, frozen=True):
+    """How long a role's metadata still counts; `due` from when on somebody must be told."""
+
+    role: str
+    remaining: timedelta
+    due: bool
+
 
 def incoming(metadata: Mapping[str, str]) -> dict[str, bytes]:
     """The files that a command carries. Raises Refused(TUF_INVALID) naming the file."""
-    if len(metadata) > MAX_FILES:
-        raise _invalid(f"metadata: {len(metadata)} files are more than the {MAX_FILES} allowed")
     found: dict[str, bytes] = {}
     for name, text in metadata.items():
+        try:
+            found[name] = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            raise _invalid(f"metadata: {name[:80]!r} is not base64") from None
+    return checked(found)
+
+
+def checked(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files that somebody sent, if they are what their names say. Raises Refused(TUF_INVALID) naming the file."""
+    if len(files) > MAX_FILES:
+        raise _invalid(f"metadata: {len(files)} files are more than the {MAX_FILES} allowed")
+    for name, data in files.items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise _invalid(f"metadata: {name[:80]!r} is no file that people sign (like 2.targets.json)")
-        try:
-            data = base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError):
-            raise _invalid(f"metadata: {name} is not base64") from None
         if len(data) > (MAX_ROOT if match["role"] == "root" else MAX_TARGETS):
             raise _invalid(f"metadata: {name} has {len(data)} bytes, more than clients accept")
         _version_in(name, match["role"], int(match["version"]), data)
-        found[name] = data
-    return found
+    return dict(files)
+
+
+def replaces_online(old: bytes, new: bytes) -> bool:
+    """Whether the new root replaces every key of both online roles.
+
+    Clients then forget the versions of timestamp and snapshot that they have seen, and with them those that a thief of these
+    keys made unreachably high (TUF §5.3.11, fast-forward recovery).
+    """
+    before, after = signing.parse(Root, old), signing.parse(Root, new)
+    return all(not set(before.roles[r].keyids) & set(after.roles[r].keyids) for r in signing.ONLINE)
+
+
+def newest_root(files: Mapping[str, bytes]) -> bytes | None:
+    """The newest root among files that people sign; None where there is none."""
+    roots = [name for name in files if _role(name) == "root"]
+    return files[max(roots, key=_version)] if roots else None
+
+
+def salvaged(
+    pinned: bytes, files: Mapping[str, bytes], added: Mapping[str, bytes], revision: int
+) -> Repository:
+    """The repository by the signatures of people alone. Raises Refused(TUF_INVALID)."""
+    try:
+        current = standing.standing(pinned, files).current()
+    except Refused:  # only the change itself brings targets that verify
+        current = standing.standing(pinned, {**files, **added}).current()
+    return Repository(dict(files), revision, current)
 
 
 def additions(repository: Repository, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Those of these files that are not published yet, roots first.
 
-    Raises Refused(TUF_CONFLICT) where a version does not follow the published one, or a published release would change.
+    A version is the one after the published: who could skip some could use them up, and nobody could publish any longer.
+    Raises Refused(TUF_CONFLICT) where it is another, or a published release would change.
     """
     current = repository.current()
     found: dict[str, bytes] = {}
@@ -106,50 +172,89 @@ def additions(repository: Repository, files: Mapping[str, bytes]) -> dict[str, b
                 raise _conflict(name, f"the next root is version {root}")
         elif role in current:
             published = signing.parse(Targets, current[role])
-            if version <= published.version:
-                raise _conflict(name, f"version {published.version} is published already")
+            if repository.anew is None:
+                if version <= published.version:
+                    raise _conflict(name, f"version {published.version} is published already")
+                if version != published.version + 1:
+                    raise _conflict(name, f"the next version is {published.version + 1}")
             _check_unchanged(name, published, signing.parse(Targets, data))
         found[name] = data
     return found
 
 
 def next_files(
-    repository: Repository,
-    added: Mapping[str, bytes],
-    now: datetime,
-    *,
-    snapshot_key: SigningKey,
-    timestamp_key: SigningKey,
+    repository: Repository, added: Mapping[str, bytes], now: datetime, keys: SigningKeys
 ) -> dict[str, bytes]:
-    """Everything to be written to publish `added`, the timestamp last; with nothing added, what is due for renewal."""
+    """Everything to be written to publish `added`, the timestamp last; with nothing added, what is due for renewal.
+
+    What `keys` did not sign is due as well: the root names other keys since.
+    """
     written = dict(added)
-    snapshot = repository.snapshot
-    if added or _due(signing.parse(Snapshot, snapshot).expires, signing.SNAPSHOT_LIFE.total_seconds(), now):
+    versions = repository.versions
+    snapshot = b"" if repository.anew is not None else repository.snapshot
+    if (
+        added
+        or repository.anew is not None
+        or _due(signing.parse(Snapshot, snapshot).expires, signing.SNAPSHOT_LIFE, now)
+        or not _signed(repository.root, "snapshot", snapshot)
+    ):
         current = repository.current()
         newest = {_role(name): data for name, data in added.items() if _role(name) != "root"}
-        version = signing.parse(Snapshot, snapshot).version + 1
+        version = versions[0] + 1
         snapshot = signing.sign(
-            signing.new_snapshot(now, version=version, files=current | newest), snapshot_key
+            signing.new_snapshot(now, version=version, files=current | newest), *keys.snapshot
         )
         written[signing.filename("snapshot", version)] = snapshot
-    timestamp = signing.parse(Timestamp, repository.timestamp)
-    if written or _due(timestamp.expires, signing.TIMESTAMP_LIFE.total_seconds(), now):
+    if (
+        written
+        or _due(signing.parse(Timestamp, repository.timestamp).expires, signing.TIMESTAMP_LIFE, now)
+        or not _signed(repository.root, "timestamp", repository.timestamp)
+    ):
         written["timestamp.json"] = signing.sign(
-            signing.new_timestamp(now, version=timestamp.version + 1, snapshot=snapshot), timestamp_key
+            signing.new_timestamp(now, version=versions[1] + 1, snapshot=snapshot), *keys.timestamp
         )
     return written
 
 
+def expiries(repository: Repository, now: datetime) -> list[Expiry]:
+    """How long each role's published metadata still counts, the soonest first."""
+    files: Iterable[tuple[str, Root | Targets | Snapshot | Timestamp]] = (
+        ("root", signing.parse(Root, repository.root)),
+        ("snapshot", signing.parse(Snapshot, repository.snapshot)),
+        ("timestamp", signing.parse(Timestamp, repository.timestamp)),
+        *((role, signing.parse(Targets, data)) for role, data in repository.current().items()),
+    )
+    found = [(role, signed.expires - now) for role, signed in files]
+    return [
+        Expiry(role, remaining, remaining < signing.warning(role))
+        for role, remaining in sorted(found, key=lambda entry: entry[1])
+    ]
+
+
+def choose_keys(root: bytes, held: Mapping[str, SigningKey]) -> SigningKeys:
+    """Of the keys held here, by python-tuf's ids, those that the root names. Raises Refused(TUF_INVALID): too few."""
+    parsed = signing.parse(Root, root)
+    found: dict[str, tuple[SigningKey, ...]] = {}
+    for role in signing.ONLINE:
+        threshold, named = signing.role_keys(parsed, role)
+        found[role] = tuple(held[keyid] for keyid in named if keyid in held)
+        if len(found[role]) < threshold:
+            absent = ", ".join(key.keyid[:12] for keyid, key in named.items() if keyid not in held)
+            raise Refused(
+                Code.TUF_INVALID,
+                f"root version {parsed.version} wants {role} signed with a key that is not here: {absent}",
+                "put its file into keys/online of delivery's home; it is looked for again by itself",
+            )
+    return SigningKeys(found["snapshot"], found["timestamp"])
+
+
 def check_trust(new: Trust, old: Trust | None) -> None:
-    """Raises Refused(TUF_INVALID) for a trust document that is older than the present one or locks everybody out."""
+    """Raises Refused(TUF_INVALID) for a trust document that is older than the present one or cannot be lived with."""
     if old is not None and new.document.version <= old.document.version:
         raise _invalid(
             f"trust.json: version {new.document.version} does not follow version {old.document.version}"
         )
-    if not any(Role.ADMIN in o.roles.get(EVERY_WORKSPACE, ()) for o in new.document.operators):
-        raise _invalid("trust.json: nobody would be admin of every workspace any more")
-    if not new.document.services.get("activation"):
-        raise _invalid("trust.json: it names no key of activation, whose word hosts act on")
+    trustcheck.check(new)
 
 
 def check_package(command: ReleasePublish, manifest: Manifest) -> None:
@@ -260,8 +365,13 @@ def judge_policy(created: journal.Created, workspace: str, data: bytes, trust: T
     return None
 
 
-def _due(expires: datetime, life_s: float, now: datetime) -> bool:
-    return (expires - now).total_seconds() < life_s * (1 - RENEW_AT)
+def _due(expires: datetime, life: timedelta, now: datetime) -> bool:
+    return expires - now < life * (1 - RENEW_AT)
+
+
+def _signed(root: bytes, role: str, data: bytes) -> bool:
+    parsed = signing.parse(Root, root)
+    return len(signing.signed_by(data, parsed, role)) >= parsed.roles[role].threshold
 
 
 def _check_unchanged(name: str, old: Targets, new: Targets) -> None:

@@ -63,7 +63,7 @@ class Handlers:
         assert isinstance(command, ReleasePublish)
         _require_global(command)
         incoming = decide.incoming(command.metadata)
-        manifest = await self._inspect(command.digest, command.size)
+        manifest = await self._inspect(command.digest, command.size, described=True)
         decide.check_package(command, manifest)
         path = target_path(command.module, command.version)
         await self._store.publish(incoming, command)
@@ -149,8 +149,11 @@ class Handlers:
             return refused.refusal
         return refusal
 
-    async def _inspect(self, digest: str, size: int) -> Manifest:
-        """Fetch a package from the bus and verify it whole. Raises Refused(BLOB_* | PACKAGE_* | MANIFEST_*)."""
+    async def _inspect(self, digest: str, size: int, *, described: bool = False) -> Manifest:
+        """Fetch a package from the bus and verify it whole, where `described` with its SBOM and provenance.
+
+        Raises Refused(BLOB_* | PACKAGE_* | MANIFEST_*).
+        """
         await asyncio.to_thread(self._scratch.mkdir, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             path = Path(folder) / "package.lbm"
@@ -158,6 +161,8 @@ class Handlers:
                 self._store.blob_message, digest, max_size=package.MAX_PACKAGE, into=path, size=size
             )
             info = await asyncio.to_thread(package.inspect, path, sha256=digest)
+            if described:
+                await asyncio.to_thread(package.check_described, path, info)
         return info.manifest
 
     async def _list(self, release: Release, command: Command) -> None:

@@ -7,15 +7,16 @@ last message. A process that dies leaves the earlier repository or the later one
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import tempfile
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-import msgspec
-from tuf.api.metadata import Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]  # tuf says no __all__
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]  # tuf says no __all__
 
 from loopback.contracts import subjects, trustdoc
 from loopback.contracts.codes import Code, Refused
@@ -24,25 +25,45 @@ from loopback.contracts.messages import ReleasePublish
 from loopback.contracts.trustdoc import Trust
 from loopback.services._runtime.bus import Bus, Conflict, Outgoing
 from loopback.services.delivery import decide
-from loopback.services.delivery.decide import Repository
-from loopback.trust import blobs, signing
+from loopback.services.delivery.decide import Expiry, Repository, SigningKeys
+from loopback.trust import blobs, changes, signing, standing
 from loopback.trust.repository import MAX_ROOT_ROTATIONS, MAX_TRUST_DOCUMENT, TrustedRepository
 
 ATTEMPTS: Final = 50  # times that a change is made anew because somebody else was faster
 TIMESTAMP: Final = "timestamp.json"
 
 
-class OnlineKeys(msgspec.Struct, frozen=True):
-    """The keys that delivery holds."""
+class OnlineKeys:
+    """The keys in `<home>/keys/online`. Those that a new root names are looked for again, so a rotation needs no restart."""
 
-    snapshot: SigningKey
-    timestamp: SigningKey
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: dict[str, SigningKey] = {}
 
     @classmethod
     def load(cls, home: Path) -> OnlineKeys:
-        """From `<home>/keys/online`. Raises Refused(SIGNATURE_INVALID)."""
-        place = home / "keys" / "online"
-        return cls(SigningKey.load(place / "snapshot.pem"), SigningKey.load(place / "timestamp.pem"))
+        """From `<home>/keys/online`. Raises Refused(SIGNATURE_INVALID) where there is none, or one does not read."""
+        found = cls(home / "keys" / "online")
+        found._look()
+        if not found._held:
+            raise Refused(
+                Code.SIGNATURE_INVALID,
+                f"there is no key file in {found._folder}",
+                "run 'loopback keys init' or 'loopback up' first",
+            )
+        return found
+
+    def choose(self, root: bytes) -> SigningKeys:
+        """Those that this root names. Raises Refused(TUF_INVALID) where one is not here."""
+        try:
+            return decide.choose_keys(root, self._held)
+        except Refused:
+            self._look()
+            return decide.choose_keys(root, self._held)
+
+    def _look(self) -> None:
+        keys = [SigningKey.load(path) for path in sorted(self._folder.glob("*.pem"))]
+        self._held = {signing.tuf_key(key).keyid: key for key in keys}
 
 
 class Store:
@@ -52,10 +73,21 @@ class Store:
         self._bus = bus
         self._keys = keys
         self._pinned = pinned
+        self._pinned_version = signing.parse(Root, pinned).version
         self._scratch = scratch
 
     async def load(self) -> Repository | None:
-        """What is published now; None where nothing is."""
+        """What is published now; None where nothing is. Raises Refused(TUF_INVALID) where it does not read, and Conflict."""
+        try:
+            return await self._load()
+        except (RepositoryError, ValueError) as error:
+            raise Refused(
+                Code.TUF_INVALID,
+                f"the repository on the bus does not read: {error}",
+                "somebody else wrote it: read docs/keys.md, 'stolen online keys'",
+            ) from None
+
+    async def _load(self) -> Repository | None:
         revision = await self._bus.revision(subjects.STREAM_TUF)
         files: dict[str, bytes] = {}
         timestamp = await self._file(TIMESTAMP)
@@ -64,14 +96,20 @@ class Store:
         files[TIMESTAMP] = timestamp
         snapshot_version = signing.parse(Timestamp, timestamp).snapshot_meta.version
         name = signing.filename("snapshot", snapshot_version)
-        files[name] = await self._required(name)
+        files[name] = await self._required(name, revision)
         for role, info in signing.parse(Snapshot, files[name]).meta.items():
-            files[f"{info.version}.{role}"] = await self._required(f"{info.version}.{role}")
-        for version in range(1, MAX_ROOT_ROTATIONS):
+            files[f"{info.version}.{role}"] = await self._required(f"{info.version}.{role}", revision)
+        for version in range(self._pinned_version, self._pinned_version + MAX_ROOT_ROTATIONS):
             found = await self._file(signing.filename("root", version))
             if found is None:
                 break
             files[signing.filename("root", version)] = found
+        if signing.filename("root", self._pinned_version) not in files:
+            raise Refused(
+                Code.TUF_INVALID,
+                f"the bus has no root version {self._pinned_version}, which is pinned here",
+                "give this delivery the root.json of its own bus",
+            )
         return Repository(files, revision)
 
     async def publish(self, incoming: Mapping[str, bytes], release: ReleasePublish | None = None) -> None:
@@ -89,7 +127,7 @@ class Store:
         raise Conflict(f"the repository was changed {ATTEMPTS} times meanwhile")
 
     async def _publish(self, incoming: Mapping[str, bytes], release: ReleasePublish | None) -> None:
-        repository = await self.load()
+        repository = await self._before(incoming)
         if repository is None:
             raise Refused(
                 Code.TUF_UNREACHABLE,
@@ -98,26 +136,94 @@ class Store:
             )
         now = await self._bus.now()
         added = decide.additions(repository, incoming)
-        files = decide.next_files(
-            repository, added, now, snapshot_key=self._keys.snapshot, timestamp_key=self._keys.timestamp
-        )
+        keys = await asyncio.to_thread(self._keys.choose, decide.newest_root(added) or repository.root)
+        files = decide.next_files(repository, added, now, keys)
         await asyncio.to_thread(self._verify, repository, files, now, release)
         if added:
             await self._check_trust(repository, files)
             await self._write(files, repository.revision)
+
+    async def _before(self, incoming: Mapping[str, bytes]) -> Repository | None:
+        """What the change builds on. With new online keys, that is what stands without the old ones."""
+        new = decide.newest_root(incoming)
+        if new is not None:
+            files, revision = await self._everything()
+            old = standing.newest_root(self._pinned, files)
+            if decide.replaces_online(old, new) and old != new:
+                return decide.salvaged(self._pinned, files, incoming, revision)
+        return await self.load()
+
+    async def _everything(self) -> tuple[dict[str, bytes], int]:
+        """Every file on the bus by name, and the revision before they were read."""
+        revision = await self._bus.revision(subjects.STREAM_TUF)
+        stored = await self._bus.read(subjects.STREAM_TUF, ["lb.tuf.>"])
+        named = ((subjects.tuf_name(message.subject), message.data) for message in stored)
+        return {name: data for name, data in named if name is not None}, revision
+
+    async def adopt_pinned(self) -> bool:
+        """Publish the pinned root where it was replaced by hand (`loopback keys replace-root`); whether that was done here.
+
+        The roots before it cannot have signed it: their keys are lost. Whoever follows them refuses the repository from then
+        on, until the new root is pinned there as well. Raises Refused(TUF_INVALID) where it is of another repository.
+        """
+        files, revision = await self._everything()
+        name = signing.filename("root", self._pinned_version)
+        if not files or files.get(name) == self._pinned:
+            return False
+        newest = max(standing.versions(files, "root"), default=0)
+        if name in files or self._pinned_version != newest + 1:
+            raise Refused(
+                Code.TUF_INVALID,
+                f"the pinned root, version {self._pinned_version}, does not follow the root on the bus, version {newest}",
+                "give this delivery the root.json of its own bus",
+            )
+        added = {name: self._pinned}
+        repository = decide.salvaged(self._pinned, {**files, **added}, {}, revision)
+        keys = await asyncio.to_thread(self._keys.choose, self._pinned)
+        # Clients that pin it begin with empty memories: nothing that they saw before counts any longer.
+        written = decide.next_files(repository, added, await self._bus.now(), keys)
+        try:
+            await self._write(written, revision)
+        except Conflict:
+            return False
+        return True
+
+    async def import_changes(self, folder: Path) -> list[str]:
+        """Publish the changes that lie in `folder` (`*.change`), for those who can sign, but not command; what became of each.
+
+        A change carries the signatures that it needs, so it needs no operator: the way back where the last admin's key is lost,
+        or where there is no trust document to judge a command by. Each file is renamed to `.done` or `.refused`.
+        """
+        said = []
+        for path in await asyncio.to_thread(lambda: sorted(folder.glob("*.change"))):
+            try:
+                data = await asyncio.to_thread(path.read_bytes)
+            except FileNotFoundError:
+                continue  # another replica on this home was faster
+            try:
+                change = changes.decode(data, path.name)
+                incoming = await asyncio.to_thread(decide.checked, change.metadata)
+                for digest, content in changes.content(change).items():
+                    await self.put_blob(digest, content)
+                await self.publish(incoming)
+                said.append(f"{path.name} was published: {', '.join(sorted(change.metadata))}")
+                done = path.with_suffix(".done")
+            except Refused as refused:
+                if refused.code == Code.TUF_UNREACHABLE:
+                    raise
+                said.append(f"{path.name} was refused: {refused}")
+                done = path.with_suffix(".refused")
+            with contextlib.suppress(FileNotFoundError):
+                await asyncio.to_thread(path.replace, done)
+        return said
 
     async def renew(self) -> bool:
         """Sign snapshot and timestamp anew where they are past half of their life; whether something was written."""
         repository = await self.load()
         if repository is None:
             return False
-        files = decide.next_files(
-            repository,
-            {},
-            await self._bus.now(),
-            snapshot_key=self._keys.snapshot,
-            timestamp_key=self._keys.timestamp,
-        )
+        keys = await asyncio.to_thread(self._keys.choose, repository.root)
+        files = decide.next_files(repository, {}, await self._bus.now(), keys)
         if not files:
             return False
         try:
@@ -126,13 +232,22 @@ class Store:
             return False  # another replica, or a release, was faster; both renew
         return True
 
+    async def expiries(self) -> list[Expiry]:
+        """How long each role's metadata still counts."""
+        repository = await self.load()
+        return decide.expiries(repository, await self._bus.now()) if repository else []
+
     async def import_seed(self, seed: Path) -> bool:
-        """Publish the repository that `loopback keys init` made, into an empty stream; whether that was done here."""
+        """Publish the repository that `loopback keys init` made, into an empty stream; whether that was done here.
+
+        Raises Refused(TUF_INVALID) for one that no client would accept: once it is published, no other takes its place.
+        """
         revision = await self._bus.revision(subjects.STREAM_TUF)
         found = await asyncio.to_thread(_read_seed, seed)
         if found is None or await self._file(TIMESTAMP) is not None:
             return False
         files, content = found
+        await asyncio.to_thread(self._check_seed, seed, files, content)
         for digest, data in content.items():
             await self.put_blob(digest, data)
         try:
@@ -172,7 +287,8 @@ class Store:
             try:
                 TrustedRepository(place, repository.files.get, now=lambda: now).refresh()
             except Refused as refused:
-                if refused.code != Code.TUF_EXPIRED:  # that is what renewal is for
+                # Renewal is for the first, new online keys for whatever their thief signed.
+                if refused.code != Code.TUF_EXPIRED and repository.anew is None:
                     raise
             client = TrustedRepository(place, after.get, now=lambda: now)
             client.refresh()
@@ -186,6 +302,26 @@ class Store:
                     )
             if release is not None:
                 decide.check_target(release, client.release(release.module, release.version))
+
+    def _check_seed(self, seed: Path, files: Mapping[str, bytes], content: Mapping[str, bytes]) -> None:
+        """A client accepts it; when is no matter, since what has expired meanwhile is renewed next. Runs in a thread."""
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            try:
+                TrustedRepository.pin(Path(folder), files.get(signing.filename("root", 1), b""))
+                client = TrustedRepository(
+                    Path(folder), files.get, now=lambda: datetime.min.replace(tzinfo=UTC)
+                )
+                client.trust_document(lambda digest, _: content.get(digest, b""))
+                for name in files:
+                    if (role := name.split(".")[-2]).startswith("module-"):
+                        client.metadata(role)
+            except Refused as refused:
+                raise Refused(
+                    Code.TUF_INVALID,
+                    f"the first repository, in {seed}, is damaged: {refused.reason}",
+                    "restore it from a copy; where there is none, begin anew with 'loopback keys init' in an empty home",
+                ) from None
 
     async def _check_trust(self, repository: Repository, files: Mapping[str, bytes]) -> None:
         """A new trust document must be stored, read, and leave somebody in charge. Raises Refused."""
@@ -220,11 +356,17 @@ class Store:
         found = await self._bus.last(subjects.STREAM_TUF, subjects.tuf(name))
         return found.data if found else None
 
-    async def _required(self, name: str) -> bytes:
+    async def _required(self, name: str, revision: int) -> bytes:
         found = await self._file(name)
-        if found is None:
+        if found is not None:
+            return found
+        if await self._bus.revision(subjects.STREAM_TUF) != revision:
             raise Conflict(f"{name} is gone: the repository changed while it was read")
-        return found
+        raise Refused(
+            Code.TUF_INVALID,
+            f"the repository on the bus names {name}, which is not there",
+            "somebody else wrote it: read docs/keys.md, 'stolen online keys'",
+        )
 
 
 def _read_seed(seed: Path) -> tuple[dict[str, bytes], dict[str, bytes]] | None:

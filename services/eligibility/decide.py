@@ -2,16 +2,17 @@
 
     1 record        the host has an operator-signed record in its workspace
     2 release       the module has such a release
-    3 entitlement   the workspace has an entitlement for the module
-    4 labels        … whose labels the host's record carries
-    5 version       … whose range holds the version
-    6 channel       … whose channel is the release's
-    7 inventory     the host has said, signed, what it is
-    8 abi           module and agent share a version of the module ABI
-    9 agent         the agent's version is in the range that the release asks for
-   10 architecture  the release was built for the host's processor
-   11 kernel        the kernel is not older than the release's floor
-   12 feature       the kernel has every feature that the release asks for
+    3 floor         the version is not below the workspace's floor, where the trust document sets one
+    4 entitlement   the workspace has an entitlement for the module
+    5 labels        … whose labels the host's record carries
+    6 version       … whose range holds the version
+    7 channel       … whose channel is the release's
+    8 inventory     the host has said, signed, what it is
+    9 abi           module and agent share a version of the module ABI
+   10 agent         the agent's version is in the range that the release asks for
+   11 architecture  the release was built for the host's processor
+   12 kernel        the kernel is not older than the release's floor
+   13 feature       the kernel has every feature that the release asks for
 
 The first rule that fails gives the refusal its code; the rest is not asked, since an answer without the one before means
 little. Of several entitlements the one that gets furthest counts, so that a person sees how close it was; among those that
@@ -28,14 +29,16 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from loopback.contracts.codes import Code, Refusal, Refused
+from loopback.contracts.exposure import is_below
+from loopback.contracts.hostrecord import HostRecord
 from loopback.contracts.messages import (
     Check,
     EntitlementPut,
-    HostPut,
     OfferedVersion,
     Release,
 )
 from loopback.contracts.reports import Inventory
+from loopback.contracts.trustdoc import Floor
 
 MAX_LABELS: Final = 64  # per host or entitlement; they travel inside every desired state
 MAX_LABEL: Final = 128  # characters of a label's name, and of its value
@@ -76,16 +79,17 @@ def labels_match(wanted: Mapping[str, str], labels: Mapping[str, str]) -> bool:
 
 
 def judge(
-    record: HostPut | None,
+    record: HostRecord | None,
     inventory: Inventory | None,
     entitlements: Iterable[EntitlementPut],
     release: Release,
+    floor: Floor | None = None,
 ) -> OfferedVersion:
     """Whether a host may have a release: every rule above, in that order.
 
-    `entitlements` are the host's workspace's. The answer names the rules; it raises nothing.
+    `entitlements` and `floor` are the host's workspace's. The answer names the rules; it raises nothing.
     """
-    judged = _apply(record, inventory, entitlements, release)
+    judged = _apply(record, inventory, entitlements, release, floor)
     return OfferedVersion(
         module=release.module,
         version=release.version,
@@ -104,10 +108,11 @@ _NO_RECORD = Refusal(
 
 
 def _apply(
-    record: HostPut | None,
+    record: HostRecord | None,
     inventory: Inventory | None,
     entitlements: Iterable[EntitlementPut],
     release: Release,
+    floor: Floor | None,
 ) -> Judged:
     checks: list[Check] = []
 
@@ -120,6 +125,19 @@ def _apply(
         Check("record", True, f"{record.host} in {record.workspace}"),
         Check("release", True, f"{release.module} {release.version} on {release.channel}"),
     ]
+    if floor is not None:
+        below = is_below(release.version, floor.version)
+        check = Check("floor", not below, f"≥ {floor.version} (release is {release.version})")
+        if below:
+            return refuse(
+                check,
+                Refusal(
+                    Code.HOST_BELOW_FLOOR,
+                    f"{release.module} {release.version} is below {floor.version}, the floor in {record.workspace!r}",
+                    f"choose {floor.version} or newer, or have the trust document changed",
+                ),
+            )
+        checks.append(check)
     best = max(
         (_entitled(entitlement, record, release) for entitlement in _of(entitlements, release.module)),
         key=lambda judged: len(judged.checks) + (judged.refusal is None),
@@ -145,7 +163,7 @@ def _of(entitlements: Iterable[EntitlementPut], module: str) -> Sequence[Entitle
     return sorted((e for e in entitlements if e.module == module and not e.absent), key=lambda e: e.name)
 
 
-def _unentitled(record: HostPut, release: Release) -> Judged:
+def _unentitled(record: HostRecord, release: Release) -> Judged:
     return Judged(
         (Check("entitlement", False, f"none for {release.module}"),),
         f"entitlement: none for {release.module}",
@@ -157,8 +175,8 @@ def _unentitled(record: HostPut, release: Release) -> Judged:
     )
 
 
-def _entitled(entitlement: EntitlementPut, record: HostPut, release: Release) -> Judged:
-    """How far one entitlement carries one host and release: rules 3 to 6."""
+def _entitled(entitlement: EntitlementPut, record: HostRecord, release: Release) -> Judged:
+    """How far one entitlement carries one host and release: rules 4 to 7."""
     name = f'entitlement "{entitlement.name}"'
     checks = [Check("entitlement", True, f'"{entitlement.name}"')]
     wanted = ", ".join(f"{k}={v}" for k, v in sorted(entitlement.labels.items())) or "any"
@@ -201,7 +219,7 @@ def _entitled(entitlement: EntitlementPut, record: HostPut, release: Release) ->
 
 
 def _requirements(inventory: Inventory | None, release: Release) -> Iterable[tuple[Check, Code, str]]:
-    """Rules 7 to 12, each as (check, code of its refusal, next step)."""
+    """Rules 8 to 13, each as (check, code of its refusal, next step)."""
     if inventory is None:
         yield (
             Check("inventory", False, "none yet"),
@@ -309,19 +327,23 @@ def version_key(version: str) -> tuple[bool, Version | str]:
 
 
 def offered(
-    record: HostPut | None,
+    record: HostRecord | None,
     inventory: Inventory | None,
     entitlements: Sequence[EntitlementPut],
     releases: Iterable[Release],
+    floors: Mapping[str, Floor] | None = None,
 ) -> tuple[OfferedVersion, ...]:
-    """Everything one host may or may not have, by module, newest version first; nothing for a host without record."""
+    """Everything one host may or may not have, by module, newest version first; nothing for a host without record.
+
+    `floors` are its workspace's, by module.
+    """
     if record is None or record.absent:
         return ()
     by_module: dict[str, list[Release]] = {}
     for release in releases:
         by_module.setdefault(release.module, []).append(release)
     return tuple(
-        judge(record, inventory, entitlements, release)
+        judge(record, inventory, entitlements, release, (floors or {}).get(module))
         for module in sorted(by_module)
         for release in sorted(
             by_module[module], key=lambda r: (version_key(r.version), r.digest), reverse=True
@@ -331,14 +353,16 @@ def offered(
 
 def refused_hosts(
     hosts: Iterable[str],
-    records: Mapping[str, HostPut],
+    records: Mapping[str, HostRecord],
     inventories: Mapping[str, Inventory],
     entitlements: Sequence[EntitlementPut],
     release: Release,
+    floor: Floor | None = None,
 ) -> dict[str, Refusal]:
     """Which of a rollout's hosts may not have its release, and why. Records and inventories are by host."""
     judged = {
-        host: judge(records.get(host), inventories.get(host), entitlements, release).refusal for host in hosts
+        host: judge(records.get(host), inventories.get(host), entitlements, release, floor).refusal
+        for host in hosts
     }
     return {host: refusal for host, refusal in judged.items() if refusal is not None}
 

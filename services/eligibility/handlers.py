@@ -17,9 +17,10 @@ from loopback.contracts import events, journal, subjects
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.keys import PublicKey
 from loopback.contracts.messages import EntitlementPut, HostPut, Offer, Record, Verdict, WorkspacePut
+from loopback.contracts.trustdoc import Trust, WorkspaceRules
 from loopback.services._runtime import streams, tracing
-from loopback.services._runtime.bus import Bus, Conflict, Outgoing, Stored
-from loopback.services._runtime.commands import Accepted, CommandContext
+from loopback.services._runtime.bus import Bus, Conflict, Outgoing, Stored, Unavailable
+from loopback.services._runtime.commands import Accepted, CommandContext, Trusts
 from loopback.services.eligibility import decide
 from loopback.services.eligibility.store import INPUTS, Fleet, Host, Source
 
@@ -28,15 +29,19 @@ log = logging.getLogger(__name__)
 NAME: Final = "eligibility"
 OFFERS_IN_FLIGHT: Final = 32  # publishes at once while a change is worked through a large fleet
 MAX_ADDRESSES: Final = 64  # per host; they travel inside every desired state
+RULES_S: Final = 5.0  # between looks at the trust document, which is refreshed every half minute
 MAX_VERDICT: Final = 700_000  # bytes, below the broker's message limit; above it reasons give way to codes
 
 
 class Handlers:
     """The service's hands; every method bears being called again with the same message."""
 
-    def __init__(self, bus: Bus, fleet: Fleet, tracer: trace.Tracer, meter: metrics.Meter) -> None:
+    def __init__(
+        self, bus: Bus, fleet: Fleet, trust: Trusts, tracer: trace.Tracer, meter: metrics.Meter
+    ) -> None:
         self._bus = bus
         self._fleet = fleet
+        self._trust = trust
         self._tracer = tracer
         self._offers = meter.create_counter("loopback_eligibility_offers", description="Offers published")
         self._verdicts = meter.create_counter(
@@ -55,22 +60,22 @@ class Handlers:
             )
         stream = subjects.workspace_stream(command.workspace)
         await streams.ensure_workspace(self._bus, command.workspace)
-        return await self._put(context, "workspace", command.workspace, {"stream": stream})
+        return await self.put(context, "workspace", command.workspace, {"stream": stream})
 
     async def put_entitlement(self, context: CommandContext) -> Accepted:
         """An entitlement, new, changed or withdrawn."""
         command = context.command
         assert isinstance(command, EntitlementPut)
         decide.check_entitlement(command)
-        await self._require_workspace(command.workspace)
-        return await self._put(context, "entitlement", command.name, {"module": command.module})
+        await self.require_workspace(command.workspace)
+        return await self.put(context, "entitlement", command.name, {"module": command.module})
 
     async def put_host(self, context: CommandContext) -> Accepted:
         """A host's record. One key names one host, or its reports could be taken for another's."""
         command = context.command
         assert isinstance(command, HostPut)
         check_host(command)
-        await self._require_workspace(command.workspace)
+        await self.require_workspace(command.workspace)
         await self._fleet.caught_up(self._bus, Source.RECORDS)
         owner = self._fleet.owner(command.public_key.lower())
         if owner is not None and owner != (command.workspace, command.host) and not command.absent:
@@ -79,9 +84,10 @@ class Handlers:
                 f"public_key: it is already the key of {owner[1]!r} in {owner[0]!r}",
                 "make a key of its own for each host ('loopback host add')",
             )
-        return await self._put(context, "host", command.host, {})
+        return await self.put(context, "host", command.host, {})
 
-    async def _require_workspace(self, workspace: str) -> None:
+    async def require_workspace(self, workspace: str) -> None:
+        """Raises Refused(WORKSPACE_UNKNOWN) where nobody made it."""
         if workspace in self._fleet.workspaces:
             return
         await self._fleet.caught_up(self._bus, Source.RECORDS)
@@ -92,7 +98,7 @@ class Handlers:
                 f"make it with 'loopback workspace put {workspace}'",
             )
 
-    async def _put(self, context: CommandContext, kind: str, name: str, detail: dict[str, str]) -> Accepted:
+    async def put(self, context: CommandContext, kind: str, name: str, detail: dict[str, str]) -> Accepted:
         """Store a record, once: a redelivered command finds its record there, and an older one changes nothing.
 
         Raises Conflict where another command's record came in between: it is decided again.
@@ -116,7 +122,7 @@ class Handlers:
                 sequence=place,
             )
             await self._bus.publish(
-                _event(
+                event(
                     subject,
                     record,
                     f"record-{context.command.id}",
@@ -150,7 +156,20 @@ class Handlers:
             host = parsed.workspace, parsed.rest[0]
             await self._refresh(stored, lambda: [host])
 
-    async def _refresh(self, stored: Stored, affected: Callable[[], Iterable[Host]]) -> None:
+    async def follow_rules(self, every_s: float = RULES_S) -> None:
+        """Judge every offer again when the trust document's rules of workspaces have changed, for ever."""
+        known: dict[str, WorkspaceRules] | None = None
+        while True:
+            try:
+                rules = (await self._trust.current()).document.workspaces
+                if known is None or rules != known:
+                    await self._refresh(None, lambda: list(self._fleet.hosts))
+                    known = rules
+            except (Refused, Unavailable, TimeoutError) as error:
+                log.warning("offers are not judged by the newest rules yet: %s", error)
+            await asyncio.sleep(every_s)
+
+    async def _refresh(self, stored: Stored | None, affected: Callable[[], Iterable[Host]]) -> None:
         """Publish the offers that a change changes, each once, however many replicas see changes at the same time.
 
         Why nothing is missed: the offers to be replaced are noted first, then the fold catches up with everything stored
@@ -167,14 +186,15 @@ class Handlers:
             again = await self._publish_offers(stored, again, noted)
 
     async def _publish_offers(
-        self, stored: Stored, hosts: Iterable[Host], noted: dict[Host, tuple[int, Offer]]
+        self, stored: Stored | None, hosts: Iterable[Host], noted: dict[Host, tuple[int, Offer]]
     ) -> list[Host]:
         """Publish what changed; returns the hosts whose offer somebody else changed meanwhile."""
         now = await self._bus.now()
+        trust = await self._trust.current()
         changed = []
         for host in hosts:
             sequence, before = noted.get(host, (0, None))
-            offer = self._offer(host, now)
+            offer = self._offer(host, trust, now)
             if offer.versions != (before.versions if before else ()):
                 changed.append((host, sequence, offer))
         if not changed:
@@ -187,21 +207,25 @@ class Handlers:
             event_id = f"offer-{subjects.token(host[0])}-{subjects.token(host[1])}-{sequence}-{digest}"
             async with gate:
                 try:
-                    await self._bus.publish(_event(subjects.offer(*host), offer, event_id, now, sequence))
+                    await self._bus.publish(event(subjects.offer(*host), offer, event_id, now, sequence))
                 except Conflict:
                     lost.append(host)
                 else:
                     self._offers.add(1)
 
-        with tracing.consume_span(
-            self._tracer, stored, group=NAME, attributes={"loopback.offers": len(changed)}
-        ):
+        about = {"loopback.offers": len(changed)}
+        span = (
+            tracing.consume_span(self._tracer, stored, group=NAME, attributes=about)
+            if stored is not None
+            else self._tracer.start_as_current_span("judge by new rules", attributes=about)
+        )
+        with span:
             async with asyncio.TaskGroup() as group:
                 for one in changed:
                     group.create_task(put(*one))
         return lost
 
-    def _offer(self, host: Host, now: datetime) -> Offer:
+    def _offer(self, host: Host, trust: Trust, now: datetime) -> Offer:
         fleet = self._fleet
         return Offer(
             host=host[1],
@@ -211,6 +235,7 @@ class Handlers:
                 fleet.inventories.get(host),
                 fleet.entitlements_of(host[0]),
                 fleet.releases.values(),
+                trust.rules(host[0]).floors,
             ),
             at=now,
         )
@@ -243,17 +268,17 @@ class Handlers:
         ) as span:
             await self._fleet.caught_up(self._bus, *INPUTS)
             now = await self._bus.now()
-            verdict = fitting(self._verdict(link, created, now))
+            verdict = fitting(self._verdict(link, created, await self._trust.current(), now))
             span.set_attribute("loopback.hosts", len(created.members))
             span.set_attribute("loopback.hosts.refused", len(verdict.refused))
             event_id = f"verdict-{subjects.token(link.workspace)}-{subjects.token(link.rollout)}-{NAME}"
             try:
-                await self._bus.publish(_event(subject, verdict, event_id, now, 0))
+                await self._bus.publish(event(subject, verdict, event_id, now, 0))
             except Conflict:
                 return
             self._verdicts.add(1, {"outcome": "refused" if verdict.refusal else "given"})
 
-    def _verdict(self, link: journal.Link, created: journal.Created, now: datetime) -> Verdict:
+    def _verdict(self, link: journal.Link, created: journal.Created, trust: Trust, now: datetime) -> Verdict:
         fleet = self._fleet
         given = Verdict(rollout=link.rollout, workspace=link.workspace, service=NAME, at=now)
         if created.target is None:
@@ -272,6 +297,7 @@ class Handlers:
             },
             fleet.entitlements_of(link.workspace),
             release,
+            trust.rules(link.workspace).floors.get(created.module),
         )
         return msgspec.structs.replace(given, refused=refused)
 
@@ -287,20 +313,25 @@ def parse(stored: Stored) -> subjects.Parsed | None:
 
 def check_host(command: HostPut) -> None:
     """Refuse a record that would not work. Raises Refused(COMMAND_MALFORMED) naming the field."""
-    decide.check_labels(command.labels)
+    check_place(command.labels, command.addresses)
     try:
         PublicKey.parse(command.public_key)
     except Refused as error:
         raise Refused(
             Code.COMMAND_MALFORMED, f"public_key: {error.reason}", "give the host's key in hex"
         ) from None
-    if len(command.addresses) > MAX_ADDRESSES:
+
+
+def check_place(labels: dict[str, str], addresses: tuple[str, ...]) -> None:
+    """Refuse labels and addresses that a record cannot have. Raises Refused(COMMAND_MALFORMED) naming the field."""
+    decide.check_labels(labels)
+    if len(addresses) > MAX_ADDRESSES:
         raise Refused(
             Code.COMMAND_MALFORMED,
-            f"addresses: {len(command.addresses)} are more than the {MAX_ADDRESSES} allowed",
+            f"addresses: {len(addresses)} are more than the {MAX_ADDRESSES} allowed",
             "name fewer",
         )
-    for address in command.addresses:
+    for address in addresses:
         try:
             ipaddress.ip_interface(address)
         except ValueError:
@@ -320,7 +351,8 @@ def fitting(verdict: Verdict) -> Verdict:
     )
 
 
-def _event(subject: str, body: msgspec.Struct, event_id: str, at: datetime, expected: int) -> Outgoing:
+def event(subject: str, body: msgspec.Struct, event_id: str, at: datetime, expected: int) -> Outgoing:
+    """A message of this service, to be stored over exactly what is at `expected` (0: nothing)."""
     about = ".".join(subject.split(".")[4:])  # escaped, since names may hold what a header may not
     kind = str(body.__struct_config__.tag)
     return Outgoing(

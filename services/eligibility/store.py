@@ -14,14 +14,15 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from loopback.contracts import reports, subjects
+from loopback.contracts import hostrecord, reports, subjects
 from loopback.contracts.codes import Refused
 from loopback.contracts.decoding import Decoder
-from loopback.contracts.envelope import payload_of
+from loopback.contracts.envelope import Envelope, payload_of
+from loopback.contracts.hostrecord import HostRecord
 from loopback.contracts.keys import PublicKey
 from loopback.contracts.messages import (
     EntitlementPut,
-    HostPut,
+    HostMove,
     Offer,
     Record,
     Release,
@@ -87,7 +88,10 @@ class Fleet:
         self, log: logging.Logger, workspace_appeared: Callable[[str], None] = lambda _: None
     ) -> None:
         self.workspaces: dict[str, WorkspacePut] = {}
-        self.hosts: dict[Host, HostPut] = {}
+        self.hosts: dict[Host, HostRecord] = {}
+        self.moved: dict[
+            Host, tuple[HostMove, Envelope]
+        ] = {}  # by where they were, with the command that took them away
         self.entitlements: dict[tuple[str, str], EntitlementPut] = {}
         self.releases: dict[tuple[str, str], Release] = {}  # by module and digest
         self.inventories: dict[Host, Inventory] = {}
@@ -155,6 +159,11 @@ class Fleet:
         )
 
     def _record(self, record: Record) -> None:
+        if record.kind == hostrecord.KIND:
+            self._host(record)
+            return
+        if record.kind == hostrecord.INVITE:
+            return  # nobody's yet
         command = decode_command(payload_of(record.envelope))
         match command:
             case WorkspacePut():
@@ -163,18 +172,21 @@ class Fleet:
                 self._workspace_appeared(record.name)
             case EntitlementPut():
                 self.entitlements[record.workspace, record.name] = command
-            case HostPut():
-                key = (record.workspace, record.name)
-                before = self.hosts.get(key)
-                self.hosts[key] = command
-                if before is None or (before.public_key, before.absent) != (
-                    command.public_key,
-                    command.absent,
-                ):
-                    self.inventories.pop(key, None)
-                    self._inventory(key)
             case _:
                 self._log.warning("a record of kind %r holds another command", record.kind)
+
+    def _host(self, record: Record) -> None:
+        after = hostrecord.of(record)
+        key = (record.workspace, record.name)
+        before = self.hosts.get(key)
+        self.hosts[key] = after
+        self.moved.pop(key, None)
+        command = decode_command(payload_of(record.envelope))
+        if isinstance(command, HostMove) and after.absent:
+            self.moved[key] = command, record.envelope
+        if before is None or (before.public_key, before.absent) != (after.public_key, after.absent):
+            self.inventories.pop(key, None)
+            self._inventory(key)
 
     def _inventory(self, key: Host) -> None:
         """Believe the newest inventory if the recorded key signed it; records and inventories come in any order."""

@@ -76,6 +76,15 @@ def register_figures(meter: Meter, store: FleetStore) -> None:
         for (module, metric), value in decide.figures(store.views()).metrics.items():
             yield Observation(value, {"module": module, "metric": metric})
 
+    def cloned(_: CallbackOptions) -> Iterable[Observation]:
+        for workspace, count in decide.figures(store.views()).cloned.items():
+            yield Observation(count, {"workspace": workspace})
+
+    meter.create_observable_gauge(
+        "loopback_fleet_cloned_hosts",
+        [cloned],
+        description="Hosts whose key speaks from two machines at once",
+    )
     meter.create_observable_gauge(
         "loopback_fleet_hosts", [hosts], description="Hosts, by workspace and state"
     )

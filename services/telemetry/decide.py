@@ -15,9 +15,10 @@ from typing import Final, NamedTuple, TypeVar
 import msgspec
 
 from loopback.contracts.reports import AnyReport, Heartbeat, Inventory, ModuleStatus, Status
-from loopback.contracts.view import HostView, IncarnationView
+from loopback.contracts.view import HostView, IncarnationView, RunView
 
 KEPT_INCARNATIONS: Final = 4  # a host makes a new one only with empty state; more than this is not reordering
+KEPT_RUNS: Final = 4  # of the agent; two that speak at once are always among the newest
 MAX_MODULE_METRICS: Final = 64  # names per module over the fleet; further ones are not shown
 _METRIC_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,99}")
 
@@ -30,15 +31,37 @@ def fold_view(view: HostView | None, report: AnyReport, at: datetime) -> HostVie
     known = {i.id: i for i in (view.current, *view.earlier)} if view else {}
     before = known.get(report.incarnation)
     after = _heard(before, report, at)
-    if view is not None and after == before:
+    runs = _runs(view.runs if view else (), report, at)
+    if view is not None and after == before and runs == view.runs:
         return None
     known[report.incarnation] = after
     newest, *rest = sorted(known.values(), key=lambda i: (i.last_at, i.id), reverse=True)[:KEPT_INCARNATIONS]
     lost_at = view.lost_at if view and view.lost_at and newest.last_at <= view.lost_at else None
     folded = HostView(
-        host=report.host, workspace=report.workspace, current=newest, earlier=tuple(rest), lost_at=lost_at
+        host=report.host,
+        workspace=report.workspace,
+        current=newest,
+        earlier=tuple(rest),
+        lost_at=lost_at,
+        runs=runs,
     )
     return None if folded == view else folded
+
+
+def _runs(known: tuple[RunView, ...], report: AnyReport, at: datetime) -> tuple[RunView, ...]:
+    """The agent's runs with this heartbeat in them: each from its first to its last, in whatever order they come."""
+    if not isinstance(report, Heartbeat) or not report.run:
+        return known
+    found = {run.id: run for run in known}
+    before = found.get(report.run)
+    found[report.run] = RunView(
+        id=report.run,
+        incarnation=report.incarnation,
+        first_at=min(before.first_at, at) if before else at,
+        last_at=max(before.last_at, at) if before else at,
+    )
+    newest = sorted(found.values(), key=lambda run: (run.last_at, run.id), reverse=True)
+    return tuple(newest[:KEPT_RUNS])
 
 
 def _heard(before: IncarnationView | None, report: AnyReport, at: datetime) -> IncarnationView:
@@ -101,11 +124,12 @@ class ModuleCount(NamedTuple):
 
 
 class FleetFigures(NamedTuple):
-    """The fleet in numbers: hosts by (workspace, state), modules, and each module's own metrics summed."""
+    """The fleet in numbers: hosts by (workspace, state), modules, each module's metrics summed, cloned hosts by workspace."""
 
     hosts: Mapping[tuple[str, str], int]
     modules: Mapping[ModuleCount, int]
     metrics: Mapping[tuple[str, str], float]
+    cloned: Mapping[str, int]
 
 
 def figures(views: Iterable[HostView]) -> FleetFigures:
@@ -117,7 +141,10 @@ def figures(views: Iterable[HostView]) -> FleetFigures:
     modules: dict[ModuleCount, int] = {}
     metrics: dict[tuple[str, str], float] = {}
     names: dict[str, int] = {}
+    cloned: dict[str, int] = {}
     for view in views:
+        if view.cloned:
+            cloned[view.workspace] = cloned.get(view.workspace, 0) + 1
         place = (view.workspace, view.state)
         hosts[place] = hosts.get(place, 0) + 1
         if view.lost_at is not None:
@@ -133,4 +160,4 @@ def figures(views: Iterable[HostView]) -> FleetFigures:
                         continue
                     names[module.module] = names.get(module.module, 0) + 1
                 metrics[key] = metrics.get(key, 0.0) + value
-    return FleetFigures(hosts, modules, metrics)
+    return FleetFigures(hosts, modules, metrics, cloned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Final
@@ -22,6 +23,8 @@ from loopback.services._runtime import tracing
 from loopback.services._runtime.bus import Bus, Conflict, Outgoing, Stored
 from loopback.services.telemetry import decide, otlp
 from loopback.services.telemetry.store import FleetStore, Host, Known, purge_view, read_view, write_view
+
+log = logging.getLogger(__name__)
 
 NAME: Final = "telemetry"
 JOURNAL_EVERY_S: Final = 60.0  # per host and reason: a hostile host fills counters, not the journal
@@ -77,8 +80,21 @@ class Handlers:
             return
         for module in decide.changed_phases(before, after, report):
             self._trace(stored, report, module)
+        if after.cloned and not (before is not None and before.cloned):
+            await self._say_cloned(stored, after)
         if before is not None and before.lost_at is not None and after.lost_at is None:
             await self._say_presence(host)
+
+    async def _say_cloned(self, stored: Stored, view: HostView) -> None:
+        """Two machines speak under one key; only an operator can tell which is which."""
+        runs = ", ".join(f"{run.id[:8]} (incarnation {run.incarnation[:8]})" for run in view.runs)
+        refused = Refused(
+            Code.HOST_CLONED,
+            f"two agents speak as {view.host!r} at once: its key is on two machines; runs {runs}",
+            f"revoke it ('loopback host revoke {view.host}') and enrol both machines anew, each with a name of its own",
+        )
+        log.warning("%s: %s", view.workspace, refused)
+        await self._journal(stored, refused)
 
     async def _fold(
         self, host: Host, report: AnyReport, at: datetime

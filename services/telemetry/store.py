@@ -13,11 +13,10 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from loopback.contracts import subjects, view
+from loopback.contracts import hostrecord, subjects, view
 from loopback.contracts.codes import Refused
-from loopback.contracts.envelope import payload_of
 from loopback.contracts.keys import PublicKey
-from loopback.contracts.messages import HostPut, Presence, Record, WorkspacePut, decode_command
+from loopback.contracts.messages import Presence, Record
 from loopback.contracts.view import HostView
 from loopback.services._runtime.wire import Outgoing, Stored
 
@@ -77,20 +76,20 @@ class FleetStore:
         """Take a record in: keys of hosts, names of workspaces."""
         try:
             record = msgspec.json.decode(stored.data, type=Record)
-            command = decode_command(payload_of(record.envelope))
-            if isinstance(command, WorkspacePut):
+            if record.kind == "workspace":
                 self.workspaces.add(record.workspace)
-            elif isinstance(command, HostPut):
+            elif record.kind == hostrecord.KIND:
+                found = hostrecord.of(record)
                 host = (record.workspace, record.name)
                 if stored.sequence < self._record_sequence.get(host, 0):
                     return
                 self._record_sequence[host] = stored.sequence
-                if command.absent:
+                if found.absent:
                     self.keys.pop(host, None)
                     self.withdrawn.add(host)
                     self.changed(None)
                 else:
-                    self.keys[host] = PublicKey.parse(command.public_key)
+                    self.keys[host] = PublicKey.parse(found.public_key)
                     self.withdrawn.discard(host)
         except (msgspec.MsgspecError, Refused) as error:
             self._log.warning("%s #%d left out: %s", stored.subject, stored.sequence, error)
