@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
-import os
-import platform
 import random
-import signal
+import socket
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -27,23 +23,31 @@ import loopback
 from loopback.contracts import abi, envelope
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.desired import DesiredModule
-from loopback.contracts.reports import Heartbeat, Inventory, Status
-from loopback.host import decide, inventory, otel, status, transitions
+from loopback.contracts.hostrecord import HostRecord
+from loopback.contracts.reports import ModuleStatus
+from loopback.contracts.trustdoc import WorkspaceRules
+from loopback.host import control, decide, inventory, otel, status, transitions
+from loopback.host import identity as identities
 from loopback.host.apply import Change, Means
 from loopback.host.config import HostConfig
-from loopback.host.decide import Answer, Checked
+from loopback.host.decide import Checked
 from loopback.host.disk import Disk
+from loopback.host.lifetime import alone, stopping_signals
 from loopback.host.link import Link, signing_key
+from loopback.host.process import direct
 from loopback.host.reporting import Reporter
+from loopback.host.scope import Answer, Identity
+from loopback.host.spawner_client import SpawnerClient
 from loopback.host.state import ModuleState, Store
 from loopback.host.supervisor import Supervisor
 from loopback.host.trusted import HostTrust
+from loopback.host.voice import Voice
 
 LOOK_S: Final = 60.0  # between looks at the own desired state, with as much again of jitter
 FRESH_S: Final = 10.0  # metadata younger than this is not renewed before a change
-METRICS_S: Final = 10.0  # between OTLP figures
-FIGURES_S: Final = 5.0  # a status that differs only in counters is sent this often at most
 WAITING: Final = 16  # desired states not looked at yet; the oldest give way
+#: Between two of them: whoever signs or sends many costs this host twenty signatures, and as many writes, a second.
+PACE_S: Final = 0.05
 MAX_DECLINED: Final = 16  # modules outside the allow-list that are answered for at one time
 FLUSH_S: Final = 2.0  # for the last reports at the end
 
@@ -53,16 +57,35 @@ log = logging.getLogger("loopback.host")
 _NO_CHANGES: Final = frozenset({Code.TUF_EXPIRED, Code.TUF_INVALID})
 #: Refusals that newer trust may lift.
 _STALE_TRUST: Final = frozenset(
-    {Code.SIGNATURE_UNKNOWN_KEY, Code.COMMAND_UNAUTHORISED, Code.ENVELOPE_UNSIGNED}
+    {
+        Code.SIGNATURE_UNKNOWN_KEY,
+        Code.COMMAND_UNAUTHORISED,
+        Code.ENVELOPE_UNSIGNED,
+        Code.ROLLOUT_UNAPPROVED,
+        Code.HOST_BELOW_FLOOR,
+    }
 )
 
 
 class Agent:
     """One host. `run` lives until `stop` is called or a signal comes."""
 
-    def __init__(self, config: HostConfig, disk: Disk | None = None) -> None:
+    def __init__(
+        self, config: HostConfig, disk: Disk | None = None, spawner: SpawnerClient | None = None,
+        features: frozenset[str] = frozenset(), machine: Callable[[], str] = identities.machine_id,
+        listening: socket.socket | None = None,
+    ) -> None:  # fmt: skip
+        """`spawner` starts modules; then `features` is what was found out while there were privileges to try.
+
+        `listening` is where people on this machine may ask (see `control`); it is closed in the end.
+        """
         self.config = config
+        self.spawner = spawner
+        self.features = features
+        self.listening = listening
         self.key = signing_key(config)
+        self.machine = machine
+        self.run_id = uuid.uuid4().hex
         self.store = Store(disk or Disk(), config.state_dir)
         self.states: dict[str, ModuleState] = {}
         self.supervisors: dict[str, Supervisor] = {}
@@ -71,11 +94,9 @@ class Agent:
         self._arrived: asyncio.Queue[tuple[bytes, dict[str, str]]] = asyncio.Queue(WAITING)
         self._joined = asyncio.Event()
         self._change: Change | None = None
-        self._said = self._counted = b""
         self._declined: list[str] = []
-        self._events = self._faults = 0
-        self._said_at = 0.0
         self._refreshed_at = -FRESH_S
+        self._turn = asyncio.Lock()  # one desired state at a time, and no move meanwhile
 
     def stop(self) -> None:
         """Have `run` end."""
@@ -85,12 +106,29 @@ class Agent:
         """Run until stopped. Raises Refused where configuration, credentials or the state directory are unusable."""
         self.store.disk.folder(self.config.state_dir)
         with alone(self.store):
-            self.state = self.store.open(lambda: uuid.uuid4().hex)
-            self.features = await asyncio.to_thread(inventory.features)
-            self.link = Link(self.config, self._on_join, self._on_desired)
+            self.state = self.store.open(lambda: uuid.uuid4().hex, datetime.now(UTC))
+            if self.spawner is None:
+                self.features = await asyncio.to_thread(inventory.features)
+            else:
+                self.spawner.listen()
+            self.identity = identities.Identity(self.config, self.key, self.store.disk)
+            self.config = self.identity.config
+            self._bind()
+            self.link = Link(
+                self.config, self._on_join, self._on_desired, key=self.key, jwt=self.identity.jwt,
+                told=lambda data: self.keeper.told(data),
+            )  # fmt: skip
+            self.keeper = identities.Keeper(
+                self.identity, self.link, trust=lambda: self.trust.trust, renew_trust=self._renew_trust,
+                record_at=lambda: self.state.record_at, moved=self._move,
+            )  # fmt: skip
             self.reporter = Reporter(
                 self.link, self.key, self.config.host, self.config.workspace,
                 self.state.incarnation, self.state.reports, self._reserve,
+            )  # fmt: skip
+            self.voice = Voice(
+                self.reporter, lambda: self.config, lambda: self.features, self._status,
+                lambda: self.state.witnesses, lambda: {n: s.metrics for n, s in self.supervisors.items() if s.metrics},
             )  # fmt: skip
             send = self.reporter.otlp if self.config.otel else (lambda kind, payload: None)
             spans = otel.provider(self.config.host, self.config.workspace, send)
@@ -99,6 +137,7 @@ class Agent:
             self.trust = HostTrust(self.store, root, self.link.get, lambda: self.link.connected)
             await self.trust.load()
             self._recover()
+            self._settle()  # a move that was cut off
             try:
                 with stopping_signals(self._stopping):
                     await self._live()
@@ -107,6 +146,8 @@ class Agent:
                 await asyncio.sleep(0)  # the last spans are handed over by the loop
                 await self.reporter.flush(FLUSH_S if self.link.connected else 0)
                 await self.link.close()
+                if self.spawner is not None:
+                    await self.spawner.close()
 
     def _read_root(self) -> bytes:
         try:
@@ -116,6 +157,51 @@ class Agent:
                 Code.CONFIG_INVALID, f"the pinned root {self.config.root} cannot be read: {error.strerror}",
                 "copy root.json beside host.toml",
             ) from None  # fmt: skip
+
+    def _bind(self) -> None:
+        """Take a new incarnation where this state directory comes from another machine."""
+        salt, new = uuid.uuid4().hex, uuid.uuid4().hex
+        state, cloned = identities.bound(self.state, self.machine(), salt, new, datetime.now(UTC))
+        if state != self.state:
+            self.store.save(state)
+            self.state = state
+        if cloned is not None:
+            log.warning("%s: %s; %s", cloned.code, cloned.reason, cloned.next_step)
+            self.refusal = cloned
+
+    async def _move(self, record: HostRecord, kept: identities.Kept) -> None:
+        """Belong to another workspace from now on. What is promoted runs on; what the old one says counts no more."""
+        async with self._turn:
+            before = self.config.workspace
+            self.identity.keep(kept)
+            self.config = self.identity.config
+            self.state = msgspec.structs.replace(self.state, record_at=record.issued_at)
+            while True:
+                try:
+                    self._settle()
+                    break
+                except Refused as refused:  # no document is obeyed before; a restart finishes it, too
+                    log.error("the move to %s is not finished: %s", self.config.workspace, refused)
+                    await asyncio.sleep(identities.AGAIN_S)
+            log.warning("moved from %s to %s", before, self.config.workspace)
+        await self.link.rejoin(self.config)
+
+    def _settle(self) -> None:
+        """Begin anew where the state is another workspace's; done again where it was cut off."""
+        after = identities.elsewhere(self.state, self.config.workspace, uuid.uuid4().hex, datetime.now(UTC))
+        if after.incarnation != self.state.incarnation:
+            while not self._arrived.empty():
+                self._arrived.get_nowait()
+            for name in self.store.modules():
+                self.states[name] = self.store.module(name).change(identities.resettled)
+            self.refusal = None
+        if after != self.state:
+            self.store.save(after)
+            self.state = after
+        for supervisor in self.supervisors.values():
+            supervisor.config = self.config
+        self.reporter.begin(self.config.workspace, after.incarnation)
+        self.voice.forget()
 
     def _recover(self) -> None:
         """Make up for however the agent before this one ended."""
@@ -131,13 +217,18 @@ class Agent:
         async with asyncio.TaskGroup() as processes:
             work = processes.create_task(self._work(processes))
             stopped = processes.create_task(self._stopping.wait())
-            await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            lost = processes.create_task(self.spawner.lost.wait()) if self.spawner else stopped
+            await asyncio.wait({work, stopped, lost}, return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()
+            lost.cancel()
             work.cancel()
             await asyncio.wait({work})
             for supervisor in self.supervisors.values():
                 with contextlib.suppress(Refused):
                     await supervisor.end()
+        if self.spawner is not None and self.spawner.lost.is_set():
+            # Privileges are not to be had again: whoever started this agent starts another, and the kernel enforces.
+            raise Refused(Code.MODULE_START, "the spawner of modules has ended", "start the agent again")
 
     async def _work(self, processes: asyncio.TaskGroup) -> None:
         """Everything that ends before the module processes do."""
@@ -146,19 +237,24 @@ class Agent:
             for name in self.states:
                 self._supervisor(name)
             group.create_task(self.link.run())
+            group.create_task(self.keeper.run())
             group.create_task(self.reporter.run())
             group.create_task(self._reconcile_all())
             group.create_task(self._look())
-            group.create_task(self._beat())
-            group.create_task(self._measure())
+            group.create_task(self.voice.beat())
+            group.create_task(self.voice.measure())
+            if self.listening is not None:
+                asked = control.Control(self.store, self._status, self._known_rules, lambda: self.states)
+                group.create_task(asked.serve(self.listening))
             self._changed()
 
     def _supervisor(self, module: str) -> Supervisor:
         found = self.supervisors.get(module)
         if found is None:
             found = Supervisor(
-                module, self.store, self.config, self.features, self._processes, self._changed, self._on_event
-            )
+                module, self.store, self.config, self.features, self._processes, self._changed, self._on_event,
+                self.spawner.start if self.spawner else direct,
+            )  # fmt: skip
             found.end_leftover()
             self.supervisors[module] = found
             self._group.create_task(found.keep())
@@ -169,8 +265,8 @@ class Agent:
     def _on_join(self) -> None:
         log.info("joined as %s in %s", self.config.host, self.config.workspace)
         self._joined.set()
-        self.reporter.send(self._inventory())
-        self._said = b""
+        self.voice.introduce()
+        self.voice.forget()
         self._changed()
 
     async def _on_desired(self, data: bytes, headers: dict[str, str]) -> None:
@@ -179,7 +275,7 @@ class Agent:
         self._arrived.put_nowait((data, headers))
 
     def _on_event(self, module: str, event: abi.Event) -> None:
-        self._events += 1
+        self.voice.events += 1
         log.debug("%s: %s %s", module, event.kind, event.attributes)
 
     async def _look(self) -> None:
@@ -203,19 +299,50 @@ class Agent:
     async def _reconcile_all(self) -> None:
         while True:
             data, headers = await self._arrived.get()
+            started = asyncio.get_running_loop().time()
             try:
-                await self._reconcile(data, headers)
+                async with self._turn:
+                    await self._reconcile(data, headers)
                 self._changed()
             except decide.Older as refused:
                 log.info("%s", refused)
+                self.voice.repeat()
             except Refused as refused:
                 log.warning("desired state refused: %s", refused)
                 self._refuse(refused.refusal)
             except Exception as error:
                 # Whatever one document meets, the next one may be the cure: this task must not end.
                 log.exception("a desired state ended in a fault of this agent")
-                self._faults += 1
+                self.voice.faults += 1
                 self._refuse(transitions.fault(error))
+            await asyncio.sleep(max(0.0, started + PACE_S - asyncio.get_running_loop().time()))
+
+    def _now(self) -> datetime:
+        """The time, never earlier than verified metadata and signed commands were."""
+        return max(filter(None, (datetime.now(UTC), self.trust.clock_floor, self.state.clock_floor)))
+
+    def _known_rules(self) -> WorkspaceRules | None:
+        """The workspace's rules; None before the first trust document."""
+        return self.trust.trust.rules(self.config.workspace) if self.trust.trust else None
+
+    def _modules(self) -> tuple[ModuleStatus, ...]:
+        rules = self._known_rules() or WorkspaceRules()
+        return status.modules(self.states, self.supervisors, rules, self._now())
+
+    def _status(self) -> control.AgentStatus:
+        """For whoever asks on this machine."""
+        rules = self._known_rules()
+        return control.AgentStatus(
+            host=self.config.host,
+            workspace=self.config.workspace,
+            incarnation=self.state.incarnation,
+            generation=self.state.generation,
+            connected=self.link.connected,
+            trust=self.trust.trust.document.version if self.trust.trust else 0,
+            regulated=rules.regulated if rules else None,
+            refusal=self.refusal or self._expired(),
+            modules=self._modules(),
+        )
 
     def _refuse(self, refusal: Refusal) -> None:
         """Say why the desired state is not obeyed, where that can be said."""
@@ -224,7 +351,7 @@ class Agent:
             self._changed()
         except Exception:
             log.exception("the refusal cannot be reported")
-            self._faults += 1
+            self.voice.faults += 1
 
     async def _reconcile(self, data: bytes, headers: dict[str, str]) -> None:
         signed = envelope.parse(data)
@@ -233,7 +360,7 @@ class Agent:
             kept = msgspec.structs.replace(accepted.state, reports=self.state.reports)
             self.store.save(kept)
             self.state = kept
-        self.refusal = None
+        self.refusal = transitions.brief(accepted.doubt) if accepted.doubt else None
         parent = otel.parent(headers)
         for checked in accepted.entries:
             token = context.attach(parent)
@@ -268,16 +395,14 @@ class Agent:
                 "nobody is trusted yet" + (f": {problem.code}: {problem.reason}" if problem else ""),
                 "check that delivery runs and the broker is reachable",
             )
-        identity = decide.Identity(
+        identity = Identity(
             host=self.config.host,
             workspace=self.config.workspace,
             key=self.key.public,
             modules=self.config.allow.modules,
         )
         states = {name: self.store.module(name).read() for name in self.store.modules()}
-        return decide.check_desired(
-            signed, identity, self.state, states, self.trust.trust, datetime.now(UTC)
-        )  # fmt: skip
+        return decide.check_desired(signed, identity, self.state, states, self.trust.trust, self._now())
 
     async def _renew_trust(self) -> None:
         await self.trust.refresh()
@@ -307,13 +432,13 @@ class Agent:
                 self._changed()
         elif checked.answer is Answer.SAME:
             with self._span(f"confirm {entry.module}", checked):
-                self.states[entry.module] = own.change(
-                    lambda state: transitions.settle(state, entry.generation, entry.rollout, entry.returning)
-                )
+                self.states[entry.module] = own.change(lambda state: transitions.settle(state, entry))
                 self._changed()
         elif checked.answer is Answer.CHANGE:
             assert self.trust.trust is not None
             supervisor = self._supervisor(entry.module)
+            if self.spawner is not None and entry.running is not None:
+                self.spawner.prepare()
             means = Means(
                 get=self.link.get,
                 probe=self.link.probe,
@@ -356,81 +481,12 @@ class Agent:
     def _changed(self) -> None:
         """Something may have changed: say so if it did."""
         self._keep_state()
-        self._say(figures=False)
-
-    def _say(self, *, figures: bool) -> None:
-        """Send a status where it says something new; where only counters moved, not too often."""
-        modules = status.modules(self.states, self.supervisors)
-        agent = status.agent(modules)
-        refusal = self.refusal or self._expired()
-        plain = tuple(msgspec.structs.replace(m, metrics={}) for m in modules)
-        said = msgspec.json.encode((agent, self.state.generation, plain, refusal))
-        counted = msgspec.json.encode([m.metrics for m in modules])
-        now = asyncio.get_running_loop().time()
-        news = said != self._said
-        if not news and not (figures and counted != self._counted and now - self._said_at >= FIGURES_S):
-            return
-        self._said, self._counted, self._said_at = said, counted, now
-        report = Status(
-            **self.reporter.fields(),  # type: ignore[arg-type]  # the fields that every report has
-            agent=agent,
-            generation=self.state.generation,
-            modules=modules,
-            refusal=refusal,
-        )
-        self.reporter.send(status.fitted(report), otel.traceparent())
+        self.voice.say()
 
     def _expired(self) -> Refusal | None:
         """Why nothing new is believed, where that is so."""
         problem = self.trust.problem
         return transitions.brief(problem) if problem is not None and problem.code in _NO_CHANGES else None
-
-    def _inventory(self) -> Inventory:
-        return Inventory(
-            **self.reporter.fields(),  # type: ignore[arg-type]  # the fields that every report has
-            kernel=platform.release(),
-            architecture=platform.machine(),
-            agent_version=loopback.__version__,
-            abi_min=abi.ABI_VERSION,
-            abi_max=abi.ABI_VERSION,
-            features=tuple(sorted(self.features)),
-            python=platform.python_version(),
-            boot_id=inventory.boot_id(),
-            modules=self.config.allow.modules,
-        )
-
-    async def _beat(self) -> None:
-        interval = self.config.heartbeat_s
-        while True:
-            modules = status.modules(self.states, self.supervisors)
-            await self.reporter.heartbeat(
-                Heartbeat(
-                    **self.reporter.fields(),  # type: ignore[arg-type]  # the fields that every report has
-                    generation=self.state.generation,
-                    agent=status.agent(modules),
-                    interval_s=interval,
-                )
-            )
-            await asyncio.sleep(interval * (0.9 + 0.1 * random.random()))  # noqa: S311  jitter, not a secret
-
-    async def _measure(self) -> None:
-        sent = 0.0
-        while True:
-            await asyncio.sleep(1.0)
-            self._say(figures=True)
-            now = asyncio.get_running_loop().time()
-            if not self.config.otel or now - sent < METRICS_S or not self.link.connected:
-                continue
-            sent = now
-            by_module = {name: s.metrics for name, s in self.supervisors.items() if s.metrics}
-            own = {
-                "loopback_host_generation": float(self.state.generation),
-                "loopback_host_module_events_total": float(self._events),
-                "loopback_host_reports_dropped_total": float(self.reporter.dropped),
-                "loopback_host_faults_total": float(self._faults),
-            }
-            payload = otel.figures(self.config.host, self.config.workspace, by_module, own)
-            self.reporter.otlp(envelope.OTLP_METRICS, payload)
 
     def _reserve(self, upto: int) -> None:
         self.state = msgspec.structs.replace(self.state, reports=upto)
@@ -438,43 +494,3 @@ class Agent:
             self.store.save(self.state)
         except Refused as refused:
             log.error("report numbers cannot be written down: %s", refused)
-
-
-@contextmanager
-def alone(store: Store) -> Iterator[None]:
-    """Hold the state directory; two agents on one would undo each other. Raises Refused(HOST_DISK)."""
-    path = store.dir / "agent.lock"
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise Refused(
-            Code.HOST_DISK, f"{path}: {error.strerror}", "choose a state_dir that can be written"
-        ) from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Refused(
-                Code.HOST_DISK,
-                f"another agent uses {store.dir}",
-                "stop it first, or choose another state_dir",
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def stopping_signals(stop: asyncio.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set the event, where this thread may take signals at all."""
-    loop = asyncio.get_running_loop()
-    taken = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(ValueError, RuntimeError):
-            loop.add_signal_handler(number, stop.set)
-            taken.append(number)
-    try:
-        yield
-    finally:
-        for number in taken:
-            loop.remove_signal_handler(number)

@@ -22,7 +22,8 @@ from loopback.contracts.desired import DesiredModule, Running
 from loopback.contracts.reports import Phase
 from loopback.contracts.trustdoc import Trust
 from loopback.host import install, transitions, trial
-from loopback.host.decide import Step, StepName, Undo, plan
+from loopback.host.connections import own_connections
+from loopback.host.plan import Step, StepName, Undo, plan
 from loopback.host.process import ModuleProcess
 from loopback.host.state import ModuleState, ModuleStore, Store
 from loopback.host.supervisor import Supervisor, stage
@@ -189,8 +190,8 @@ class Change:
                 self.supervisor.config.workspace,
                 self.trust,
             )
-        known = (self.state.promoted, self.state.previous)
-        await asyncio.to_thread(
+        promoted = self.state.promoted
+        verified = await asyncio.to_thread(
             install.verify,
             self.means.repository,
             self.store,
@@ -198,13 +199,14 @@ class Change:
             self.entry.module,
             self.supervisor.config,
             self.supervisor.features,
-            kept=any(r is not None and r.package == self._target.package for r in known),
+            self.trust.rules(self.supervisor.config.workspace),
+            # Back leads only to what was promoted here; with another policy alone, nothing new is installed.
+            kept=self.entry.returning or (promoted is not None and promoted.package == self._target.package),
         )
+        # Known before it is started, and later without the repository: the owner may allow other publishers by then.
+        self._write(lambda state: transitions.signed(state, self._target.package, verified.signers))
 
     async def _unpack(self) -> None:
-        # Its digests are known before the folder appears, so that no folder is ever there without them.
-        digests = await asyncio.to_thread(install.digests_of, self.store, self._target)
-        self._write(lambda state: transitions.unpacked(state, self._target.package, digests))
         await asyncio.to_thread(install.unpack, self.store, self._target, self.entry.module)
 
     async def _remove(self) -> None:
@@ -234,7 +236,8 @@ class Change:
     async def _stage_policy(self, span: trace.Span) -> None:
         policy = await asyncio.to_thread(install.read_policy, self.store, self._target)
         assert policy is not None
-        for key, value in (await stage(self._process, self._target, policy)).items():
+        control = await asyncio.to_thread(own_connections)
+        for key, value in (await stage(self._process, self._target, policy, control)).items():
             span.set_attribute(f"loopback.policy.{key}", value)
 
     async def _commit(self) -> None:

@@ -1,7 +1,7 @@
 """Bringing a version onto the disk: download, verify, unpack; and checking it again before every start.
 
 Nothing is unpacked before TUF, the desired state and the package's own digests agree, and nothing that is unpacked is
-started before its tree was compared with what was unpacked.
+started before the archive's digest was computed again from its files.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import asyncio
 import hashlib
 import importlib.metadata
 import platform
-import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
@@ -25,12 +24,13 @@ from loopback.contracts.codes import Code, Refused
 from loopback.contracts.desired import Running
 from loopback.contracts.messages import Policy
 from loopback.contracts.reports import Phase
-from loopback.contracts.trustdoc import Trust
-from loopback.host import decide
+from loopback.contracts.trustdoc import Trust, WorkspaceRules
+from loopback.host import policies
 from loopback.host.config import HostConfig
 from loopback.host.inventory import kernel_version
+from loopback.host.publishers import check_publishers
 from loopback.host.state import ModuleStore, Store
-from loopback.trust import blobs, manifest, package
+from loopback.trust import blobs, manifest, package, tree
 from loopback.trust.manifest import Manifest
 from loopback.trust.repository import TrustedRepository
 
@@ -43,7 +43,7 @@ async def fetch(
 ) -> None:
     """Have the package and the policy of a target on disk; what is there already is not fetched again.
 
-    Raises Refused: BLOB_*, PACKAGE_TOO_LARGE, HOST_DISK, and what `decide.check_policy` raises.
+    Raises Refused: BLOB_*, PACKAGE_TOO_LARGE, HOST_DISK, and what `policies.check_policy` raises.
     """
     for wait in (*RETRIES_S, None):
         try:
@@ -72,24 +72,35 @@ async def _policy(
     if target.policy is None or has_policy(store, target):
         return
     data = await blobs.read(get, target.policy)
-    decide.check_policy(data, target, module, workspace, trust)
+    policies.check_policy(data, target, module, workspace, trust)
     store.disk.write(store.policy_path(target.policy), data)
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """A package that may run here: its manifest, and the ids of the keys that signed its release."""
+
+    manifest: Manifest
+    signers: tuple[str, ...]
 
 
 def verify(
     repository: TrustedRepository, store: Store, target: Running, module: str, config: HostConfig, features: frozenset[str],
-    *, kept: bool,
-) -> Manifest:  # fmt: skip
-    """Verify a target's package, unpacked already or just downloaded; its manifest. Blocking: call it in a thread.
+    rules: WorkspaceRules, *, kept: bool,
+) -> Verified:  # fmt: skip
+    """Verify a target's package, unpacked already or just downloaded. Blocking: call it in a thread.
 
     `kept` says that this host promoted exactly this before: then its own memory suffices, and a way back needs neither
-    network nor unexpired metadata. Raises Refused: TUF_*, PACKAGE_*, MANIFEST_*, HOST_NOT_ALLOWED, KERNEL_UNSUPPORTED.
+    network nor unexpired metadata, and no rule of the workspace is asked: what was promoted here is never refused on its way
+    back because a publisher was unpinned since. `floors.noncompliant` says so of it. The owner's own list is asked always.
+    Raises Refused: TUF_*, PACKAGE_*, MANIFEST_*, HOST_NOT_ALLOWED, HOST_PUBLISHER, KERNEL_UNSUPPORTED.
     """
     own = store.module(module)
     unpacked = own.version_dir(target)
     with plainly(unpacked):
-        if not kept:
-            _check_target(repository, target, module, store.download_path(target.package))
+        if kept:
+            signers = own.read().signers.get(target.package, ())
+        else:
+            signers = _check_target(repository, target, module, store.download_path(target.package))
         if unpacked.is_dir():
             found = verify_unpacked(own, target)
         else:
@@ -99,11 +110,13 @@ def verify(
             Code.PACKAGE_UNKNOWN,
             f"the package is {found.name} {found.version}, not {module} {target.version}",
         )
-    check_requirements(found, config, features)
-    return found
+    check_allowed(found, signers, config, None if kept else rules)
+    check_requirements(found, features)
+    return Verified(found, signers)
 
 
-def _check_target(repository: TrustedRepository, target: Running, module: str, path: Path) -> None:
+def _check_target(repository: TrustedRepository, target: Running, module: str, path: Path) -> tuple[str, ...]:
+    """Whether TUF says the same of a target as the desired state; who signed it."""
     try:
         repository.refresh()
     except Refused as refused:
@@ -127,12 +140,7 @@ def _check_target(repository: TrustedRepository, target: Running, module: str, p
         raise Refused(
             Code.PACKAGE_DIGEST, f"the package has {path.stat().st_size} bytes, {info.length} were signed"
         )
-
-
-def digests_of(store: Store, target: Running) -> str:
-    """The digest of a downloaded package's `digests.json`. Blocking. Raises Refused(PACKAGE_*)."""
-    with plainly(store.downloads):
-        return package.inspect(store.download_path(target.package), sha256=target.package).digests
+    return info.signers
 
 
 def unpack(store: Store, target: Running, module: str) -> None:
@@ -150,17 +158,16 @@ def unpack(store: Store, target: Running, module: str) -> None:
     own.disk.adopt(scratch, final)
 
 
-def verify_unpacked(own: ModuleStore, target: Running) -> Manifest:
-    """Compare an unpacked version with what was unpacked, and read its manifest. Blocking. Raises Refused(PACKAGE_*)."""
-    folder = own.version_dir(target)
-    digests = own.read().trees.get(target.package)
-    if digests is None:
-        raise Refused(
-            Code.PACKAGE_DIGEST, f"{folder} was not unpacked by this agent", "have it rolled out again"
-        )
-    package.verify_tree(folder, digests=digests)
+def verify_unpacked(own: ModuleStore, running: Running) -> Manifest:
+    """Compare an unpacked version with the digest that was signed for it, and read its manifest. Blocking.
+
+    Raises Refused: PACKAGE_*, MANIFEST_*, HOST_DISK.
+    """
+    folder = own.version_dir(running)
     path = folder / package.MANIFEST
-    return manifest.parse(path.read_bytes(), str(path))
+    with plainly(folder):
+        tree.verify(folder, sha256=running.package)
+        return manifest.parse(path.read_bytes(), str(path))
 
 
 def has_policy(store: Store, target: Running) -> bool:
@@ -174,14 +181,14 @@ def has_policy(store: Store, target: Running) -> bool:
 def check_policy(store: Store, target: Running, module: str, workspace: str, trust: Trust) -> None:
     """Verify a policy on disk as if it had just come: who was trusted when it came may not be trusted now. Blocking.
 
-    Raises Refused like `decide.check_policy`.
+    Raises Refused like `policies.check_policy`.
     """
     if target.policy is None:
         return
     data = store.disk.read(store.policy_path(target.policy))
     if data is None:
         raise _gone(target.policy)
-    decide.check_policy(data, target, module, workspace, trust)
+    policies.check_policy(data, target, module, workspace, trust)
 
 
 def _gone(policy: str) -> Refused:
@@ -195,22 +202,37 @@ def read_policy(store: Store, target: Running) -> Policy | None:
     data = store.disk.read(store.policy_path(target.policy))
     if data is None:
         raise _gone(target.policy)
-    return decide.kept_policy(data, target)
+    return policies.kept_policy(data, target)
 
 
-def check_requirements(found: Manifest, config: HostConfig, features: frozenset[str]) -> None:
-    """Whether this host has what a module needs and its owner lets it have what it wants.
+def check_allowed(
+    found: Manifest, signers: tuple[str, ...], config: HostConfig, rules: WorkspaceRules | None = None
+) -> None:
+    """Whether the machine's owner lets this run (capabilities and publishers of host.toml), and, where `rules` are given, the
+    workspace as well: one key on both lists must have signed it.
 
-    Raises Refused: MANIFEST_ABI, MANIFEST_CAPABILITY, KERNEL_UNSUPPORTED, MODULE_START.
+    Raises Refused: MANIFEST_CAPABILITY, HOST_NOT_ALLOWED, HOST_PUBLISHER.
     """
-    found.require_abi()
+    what = f"{found.name} {found.version}"
     for capability in found.module.capabilities:
         if capability not in config.allow.capabilities:
             raise Refused(
                 Code.MANIFEST_CAPABILITY,
-                f"{found.name} {found.version} asks for {capability}, which this host's owner does not allow",
+                f"{what} asks for {capability}, which this host's owner does not allow",
                 "add it to [allow] capabilities in host.toml there",
             )
+    pinned = rules.publishers.get(found.name) if rules else None
+    check_publishers(
+        signers, config.allow.publishers, pinned, rules is not None and rules.regulated, what=what
+    )
+
+
+def check_requirements(found: Manifest, features: frozenset[str]) -> None:
+    """Whether this host has what a module needs.
+
+    Raises Refused: MANIFEST_ABI, KERNEL_UNSUPPORTED, MODULE_START.
+    """
+    found.require_abi()
     needs = found.requires
     kernel = platform.release()
     if needs.kernel and kernel_version(kernel) < kernel_version(needs.kernel):
@@ -263,14 +285,6 @@ def collect(store: Store, module: str) -> None:
     for name in store.disk.names(store.downloads):
         if name.partition(".")[0] not in packages:
             store.disk.remove(store.downloads / name)
-
-
-def command(found: Manifest, folder: Path) -> tuple[str, ...]:
-    """The command line of an unpacked module; `{python}` is the agent's own interpreter, `bin/…` lies in the package."""
-    argv = [sys.executable if a == manifest.PYTHON else a for a in found.module.entry]
-    if argv[0].startswith("bin/"):
-        argv[0] = str(folder / argv[0])
-    return (shutil.which(argv[0]) or argv[0], *argv[1:])
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
@@ -23,11 +22,25 @@ from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.keys import SigningKey
 from loopback.host.config import HostConfig
+from loopback.trust import natsjwt, tls
+from loopback.trust.disconnect import disconnect
 
 REQUEST_S: Final = 5.0  # one direct get or acknowledged report
 CONNECT_S: Final = 3.0
+ATTEMPT_S: Final = (
+    15.0  # then a connection is made anew: after a failed TLS handshake the client library waits for ever
+)
 PING_S: Final = 5  # a silent broker is noticed after two of these
 RECONNECT_S: Final = 0.5  # between attempts, with as much again of jitter: a fleet must not come back at once
+
+#: Whoever the broker refuses is refused the next time, too, until somebody does something: the first wait, doubled with each
+#: refusal up to the longest, of which a half is jitter. Nine thousand hosts then ask about 200 times a second together, each a
+#: handshake and one signature to check; and one that is let in again is back within a minute of that.
+REFUSED_FIRST_S: Final = 1.0
+REFUSED_LONGEST_S: Final = 60.0
+LOOK_S: Final = (
+    1.0  # how often it is looked whether the credentials file is another meanwhile, which ends the wait
+)
 
 _TOO_LARGE: Final = 10054  # JetStream: message size exceeds maximum allowed
 
@@ -51,13 +64,35 @@ class Link:
         config: HostConfig,
         joined: Callable[[], None],
         desired: Callable[[bytes, dict[str, str]], Awaitable[None]],
+        *,
+        key: SigningKey,
+        jwt: Callable[[], str],
+        told: Callable[[bytes], None],
+        chance: Callable[[], float] = random.random,
     ) -> None:
+        """`jwt` is asked for the credentials of each connection, `told` gets what is said of this host's identity.
+
+        `chance` is a number from 0 to 1, for jitter.
+        """
         self.config = config
         self._joined = joined
         self._desired = desired
+        self._key = key
+        self._jwt = jwt
+        self._told = told
+        self._chance = chance
         self._nc: Client | None = None
-        self._subject = subjects.desired(config.workspace, config.host)
-        self._stream = subjects.workspace_stream(config.workspace)
+        self._ended = asyncio.Event()
+        self._refused = False
+        self._refusals = 0  # since the broker let this host in, or since it has other credentials
+
+    @property
+    def _subject(self) -> str:
+        return subjects.desired(self.config.workspace, self.config.host)
+
+    @property
+    def _stream(self) -> str:
+        return subjects.workspace_stream(self.config.workspace)
 
     @property
     def connected(self) -> bool:
@@ -65,13 +100,46 @@ class Link:
         return self._nc is not None and self._nc.is_connected
 
     async def run(self) -> None:
-        """Connect and subscribe, trying for ever; the client then keeps the connection up until `close`."""
-        while self._nc is None:
+        """Connect and subscribe, for ever. The client keeps a connection up by itself; where the server ends one for good, as
+        when credentials expire, there is another. After a refusal it waits longer and longer."""
+        while True:
+            self._ended.clear()
+            self._refused = False
             try:
                 await self._connect()
-            except (OSError, TimeoutError, nats.errors.Error) as error:
+                self._refusals = 0
+                await self._ended.wait()
+            except (OSError, TimeoutError, Refused, nats.errors.Error) as error:
                 log.info("no broker at %s: %s", self.config.url, error or type(error).__name__)
-                await asyncio.sleep(RECONNECT_S * (1 + random.random()))  # noqa: S311  jitter, not a secret
+            if self._refused:
+                self._ended.clear()
+                with heeding_cancellation():
+                    await self.close()  # the client would go on asking once a second
+                await self._hold_off()
+            else:
+                await asyncio.sleep(RECONNECT_S * self._chance())
+
+    async def _hold_off(self) -> None:
+        """Wait after a refusal, or until there are other credentials."""
+        self._refusals += 1
+        seconds = hold_off(self._refusals, self._chance())
+        log.warning("the broker does not let this host in; it is asked again in %.0f s", seconds)
+        loop, before = asyncio.get_running_loop(), _mark(self.config)
+        until = loop.time() + seconds
+        while (left := until - loop.time()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, LOOK_S)):
+                    await self._ended.wait()
+            if self._ended.is_set() or _mark(self.config) != before:
+                self._refusals = 0
+                return
+
+    async def rejoin(self, config: HostConfig) -> None:
+        """Connect anew, as `config` and the newest credentials say; nothing is lost but the time that takes."""
+        self.config = config
+        with heeding_cancellation():
+            await self.close()
+        self._ended.set()
 
     async def close(self) -> None:
         """Send what is still in the buffers, and disconnect."""
@@ -80,8 +148,7 @@ class Link:
             with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
                 async with asyncio.timeout(1.0):
                     await nc.flush()
-            with contextlib.suppress(nats.errors.Error, OSError):
-                await nc.close()
+            await disconnect(nc)
 
     async def publish(self, what: str, data: bytes, headers: dict[str, str], *, acknowledged: bool) -> bool:
         """Write to an own `from` subject; whether it was taken (unacknowledged: whether it could be sent).
@@ -112,28 +179,35 @@ class Link:
         nc = self._nc
         if nc is None or not nc.is_connected:
             raise _unreachable("there is no connection to the broker")
-        return await _direct_get(nc, self._stream_of(subject), subject)
+        return await direct_get(nc, self._stream_of(subject), subject)
 
     async def own_desired(self) -> tuple[bytes, dict[str, str]] | None:
         """The host's own last desired state, or None where there is none. Raises Refused(BLOB_MISSING)."""
         return await self.get(self._subject)
 
-    async def probe(self, seconds: float) -> bool:
-        """Whether a new connection, made now, is answered within so many seconds with this host's own permissions."""
+    async def probe(
+        self, seconds: float, config: HostConfig | None = None, jwt: Callable[[], str] | None = None
+    ) -> bool:
+        """Whether a new connection, made now, is answered within so many seconds with this host's own permissions.
+
+        With `config` and `jwt`: as the host would be by these.
+        """
+        config = config or self.config
+        subject = subjects.desired(config.workspace, config.host)
         try:
             async with asyncio.timeout(seconds):
                 nc = Client()
                 try:
                     with heeding_cancellation():
                         await nc.connect(
-                            **self._options(),
+                            **self._options(config, jwt),
                             allow_reconnect=False,
                             connect_timeout=max(1, int(seconds)),
                             max_reconnect_attempts=0,
                         )
-                    await _direct_get(nc, self._stream, self._subject)
+                    await direct_get(nc, subjects.workspace_stream(config.workspace), subject)
                 finally:
-                    await _discard(nc)
+                    await disconnect(nc)  # also one that was cut off while it was made: its socket would stay
         except (OSError, TimeoutError, Refused, nats.errors.Error) as error:
             log.info(
                 "a new connection to the control plane was not answered: %s", error or type(error).__name__
@@ -148,45 +222,89 @@ class Link:
         async def arrived(message: Msg) -> None:
             await self._desired(message.data, dict(message.headers or {}))
 
+        async def told(message: Msg) -> None:
+            self._told(message.data)
+
+        async def closed() -> None:
+            if self._nc is nc:
+                self._refused = is_refusal(nc.last_error)
+                self._nc = None
+                self._ended.set()
+
+        async def noted(error: Exception) -> None:
+            await _noted(error)
+            if is_refusal(error):
+                self._refused = True
+                if self._nc is not nc:
+                    raise error  # out of connect(), which would ask again by itself
+                self._ended.set()
+
         async def lost() -> None:
             log.warning("the connection to the broker is lost; what is promoted goes on")
 
         lasting: dict[str, Any] = {
             "max_reconnect_attempts": -1,
             "connect_timeout": CONNECT_S,
-            "reconnect_time_wait": RECONNECT_S * (1 + random.random()),  # noqa: S311  jitter, not a secret
+            "reconnect_time_wait": RECONNECT_S * (1 + self._chance()),
             "ping_interval": PING_S,
             "max_outstanding_pings": 2,
             "reconnected_cb": joined,
             "disconnected_cb": lost,
+            "closed_cb": closed,
+            "error_cb": noted,
         }
         nc = Client()
         try:
-            with heeding_cancellation():
-                await nc.connect(**self._options(), **lasting)
-            subject = subjects.to_host(self.config.workspace, self.config.host, "desired")
-            await nc.subscribe(subject, cb=arrived)
+            async with asyncio.timeout(ATTEMPT_S):
+                with heeding_cancellation():
+                    await nc.connect(**self._options(self.config) | lasting)
+            for what, callback in (("desired", arrived), ("identity", told)):
+                subject = subjects.to_host(self.config.workspace, self.config.host, what)
+                await nc.subscribe(subject, cb=callback)
         except BaseException:
-            await _discard(nc)
+            await disconnect(nc)  # also one that was cut off while it was made: its socket would stay
             raise
         self._nc = nc
         self._joined()
 
-    def _options(self) -> dict[str, Any]:
-        tls = ssl.create_default_context(cafile=str(self.config.ca)) if self.config.ca else None
+    def _options(self, config: HostConfig, jwt: Callable[[], str] | None = None) -> dict[str, Any]:
         return {
             "servers": [self.config.url],
-            "user_credentials": str(self.config.creds),
-            "inbox_prefix": subjects.inbox(self.config.host).encode(),
-            "name": f"host {self.config.host}",
+            **natsjwt.sign_in(jwt or self._jwt, self._key),
+            "inbox_prefix": subjects.inbox(config.host).encode(),
+            "name": f"host {config.host}",
             "error_cb": _noted,
-            **({"tls": tls} if tls else {}),
+            **tls.options(self.config.url, self.config.ca),
         }
 
     def _stream_of(self, subject: str) -> str:
         if subject.startswith("lb.blob."):
             return subjects.STREAM_BLOBS
         return subjects.STREAM_TUF if subject.startswith("lb.tuf.") else self._stream
+
+
+def hold_off(refusals: int, chance: float) -> float:
+    """Seconds to wait after so many refusals in a row; `chance` from 0 to 1 is the jitter.
+
+    Exponential with equal jitter: whoever was refused together does not come back together.
+    """
+    longest: float = min(REFUSED_LONGEST_S, REFUSED_FIRST_S * 2 ** min(refusals - 1, 16))
+    return longest * (1 + chance) / 2
+
+
+def is_refusal(error: Exception | None) -> bool:
+    """Whether the broker does not want this host, as opposed to not being there."""
+    words = str(error or "").lower()
+    return any(said in words for said in ("authorization", "authentication"))
+
+
+def _mark(config: HostConfig) -> tuple[int, ...]:
+    """Another one where the credentials file is."""
+    try:
+        found = config.creds.stat()
+    except OSError:
+        return ()
+    return (found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 def signing_key(config: HostConfig) -> SigningKey:
@@ -226,13 +344,6 @@ def heeding_cancellation() -> Iterator[None]:
             raise asyncio.CancelledError
 
 
-async def _discard(nc: Client) -> None:
-    """Close a connection, also one that was cut off while it was made: its socket would stay."""
-    # AssertionError: the client's way of saying that it did not even begin to connect.
-    with contextlib.suppress(nats.errors.Error, OSError, AssertionError):
-        await nc.close()
-
-
 def _taken(answer: bytes) -> bool:
     """Whether an acknowledgement says so. Raises Refused(ENVELOPE_TOO_LARGE) where it says never."""
     try:
@@ -244,7 +355,8 @@ def _taken(answer: bytes) -> bool:
     return error is None
 
 
-async def _direct_get(nc: Client, stream: str, subject: str) -> tuple[bytes, dict[str, str]] | None:
+async def direct_get(nc: Client, stream: str, subject: str) -> tuple[bytes, dict[str, str]] | None:
+    """The last stored message of a subject, or None. Raises Refused(BLOB_MISSING) while it is out of reach."""
     try:
         with heeding_cancellation():
             message = await nc.request(subjects.direct_get(stream, subject), b"", timeout=REQUEST_S)

@@ -1,7 +1,8 @@
 """One module process: started with only what it may have, spoken to over the ABI, and ended for certain.
 
-It runs in a process group of its own, with no new privileges, exactly the capabilities that its manifest names, and
-resource limits; its output goes to a bounded log. What it says is never trusted further than its frames decode.
+The spawner starts it (`spawner`), or this process itself where there is none. It runs in a process group of its own, with no
+new privileges, exactly the capabilities that its manifest names, and resource limits; its output goes to a bounded log.
+What it says is never trusted further than its frames decode.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable
-from pathlib import Path
-from typing import Final
-
-import msgspec
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
 
 from loopback.contracts import abi
 from loopback.contracts.codes import Code, Refused
 from loopback.host import proc
+from loopback.host.confine import NOFILE
+from loopback.host.launch import Launch
 
 HELLO_S: Final = 10.0  # from start to hello; Python with bcc takes about half a second
 REQUEST_S: Final[dict[type, float]] = {
@@ -36,29 +36,70 @@ REQUEST_S: Final[dict[type, float]] = {
 }
 MAX_LOG: Final = 512 * 1024  # bytes per file; one older file is kept
 LAST_WORDS: Final = 600  # characters of a dead module's log shown in its refusal
-NOFILE: Final = 4096
 
 log = logging.getLogger("loopback.host")
 
 
-class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """How a module is started. `argv[0]` is a program, `memory_mib` bounds its private data, `stop_s` its farewell."""
+class Child(Protocol):
+    """A started process, whoever started it. `returncode` is None while it runs, and minus the signal that ended it."""
 
-    module: str
-    version: str
-    argv: tuple[str, ...]
-    env: dict[str, str]
-    cwd: Path
-    log: Path
-    capabilities: tuple[str, ...] = ()
-    memory_mib: int = 256
-    stop_s: float = 5.0
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    async def wait(self) -> int:
+        """Until it has ended."""
+
+    def kill_all(self) -> None:
+        """End it and its process group."""
+
+
+#: Starts what a Launch says, with the module's end of the ABI socket and where its output goes. Raises Refused, OSError.
+Starter = Callable[[Launch, int, int], Awaitable[Child]]
+
+
+class DirectChild:
+    """A child of this process."""
+
+    def __init__(self, child: asyncio.subprocess.Process) -> None:
+        self.pid = child.pid
+        self._child = child
+
+    @property
+    def returncode(self) -> int | None:
+        """As in Child."""
+        return self._child.returncode
+
+    async def wait(self) -> int:
+        """As in Child."""
+        return await self._child.wait()
+
+    def kill_all(self) -> None:
+        """As in Child."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+async def direct(launch: Launch, abi_end: int, output: int) -> Child:
+    """Start it from here, with what `setpriv` and `prlimit` can take from it: for an agent that has no spawner."""
+    return DirectChild(
+        await asyncio.create_subprocess_exec(
+            *confined(launch),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=asyncio.subprocess.STDOUT,
+            pass_fds=(abi_end,),
+            env={**launch.env, abi.FD_VARIABLE: str(abi_end)},
+            cwd=launch.cwd,
+            start_new_session=True,
+        )
+    )
 
 
 class ModuleProcess:
     """A running module. Its tasks live in the group that `start` was given."""
 
-    def __init__(self, launch: Launch, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, launch: Launch, process: Child) -> None:
         self.launch = launch
         self.hello: abi.Hello | None = None
         self.pid = process.pid
@@ -75,7 +116,7 @@ class ModuleProcess:
     @classmethod
     async def start(
         cls, launch: Launch, group: asyncio.TaskGroup, on_event: Callable[[abi.Event], None] | None = None,
-        note: Callable[[int, int], None] | None = None,
+        note: Callable[[int, int], None] | None = None, starter: Starter = direct,
     ) -> ModuleProcess:  # fmt: skip
         """Start it and wait for its hello; `note` is given its id and start as soon as it exists.
 
@@ -87,16 +128,11 @@ class ModuleProcess:
         output, written = os.pipe()
         try:
             with theirs:
-                process = await asyncio.create_subprocess_exec(
-                    *confined(launch),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=written,
-                    stderr=asyncio.subprocess.STDOUT,
-                    pass_fds=(theirs.fileno(),),
-                    env={**launch.env, abi.FD_VARIABLE: str(theirs.fileno())},
-                    cwd=launch.cwd,
-                    start_new_session=True,
-                )
+                process = await starter(launch, theirs.fileno(), written)
+        except Refused:
+            ours.close()
+            os.close(output)
+            raise
         except OSError as error:
             ours.close()
             os.close(output)
@@ -184,8 +220,7 @@ class ModuleProcess:
 
     async def kill(self) -> None:
         """End the whole process group now, and wait until it has."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill_all()
         await self.exited.wait()
 
     def words(self) -> str:
@@ -214,15 +249,13 @@ class ModuleProcess:
                 output = own.create_task(self._read_output(output_fd))
                 await self._process.wait()
                 # Children that outlived it would hold the pipe open, and their parent's rights.
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, signal.SIGKILL)
+                self._process.kill_all()
                 await asyncio.wait({frames, output}, timeout=1.0)
                 frames.cancel()
                 output.cancel()
         finally:
             if self._process.returncode is None:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, signal.SIGKILL)
+                self._process.kill_all()
             self.exited.set()
             if self._writer is not None:
                 self._writer.close()
@@ -244,8 +277,7 @@ class ModuleProcess:
             if not self._greeting.done():
                 self._greeting.set_exception(refused)
             log.error("%s: %s", self.launch.module, refused)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
+            self._process.kill_all()
 
     def _take(self, body: bytes) -> None:
         try:

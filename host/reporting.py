@@ -47,6 +47,12 @@ class Reporter:
         self._waiting: deque[tuple[str, bytes, dict[str, str]]] = deque()
         self._wake = asyncio.Event()
 
+    def begin(self, workspace: str, incarnation: str) -> None:
+        """Speak as another incarnation, elsewhere; what waits was said by the one before and is dropped."""
+        if (workspace, incarnation) != (self.workspace, self.incarnation):
+            self.workspace, self.incarnation = workspace, incarnation
+            self._waiting.clear()
+
     def fields(self) -> dict[str, object]:
         """What every report has, with the next number."""
         self._seq += 1

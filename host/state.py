@@ -25,7 +25,7 @@ import msgspec
 from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.desired import Running
-from loopback.contracts.reports import Phase
+from loopback.contracts.reports import Phase, Witness
 from loopback.host.disk import Disk
 
 _S = TypeVar("_S", bound=msgspec.Struct)
@@ -56,14 +56,16 @@ class ModuleState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     `scope` is the digest of the operator's command that the target follows from. `previous` is what `promoted` replaced during
     rollout `previous_rollout`, by the command of digest `previous_scope`; `attempts` counts how often the target was
-    interrupted; `serial_floor` is the highest policy serial ever promoted here, that of `floor_policy`; `trees` maps a
-    package's digest to that of its unpacked `digests.json`.
+    interrupted; `serial_floor` is the highest policy serial ever promoted here, that of `floor_policy`; `signers` maps a
+    package's digest to the ids of the keys that signed its release. `scope_at` is when the newest rollout that was obeyed
+    forward was signed.
     """
 
     module: str
     generation: int = 0
     rollout: str = ""
     scope: str = ""
+    scope_at: datetime | None = None
     phase: Phase = Phase.IDLE
     step: str = ""
     target: Running | None = None
@@ -78,22 +80,30 @@ class ModuleState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     quarantine: tuple[Quarantined, ...] = ()
     serial_floor: int = 0
     floor_policy: str | None = None
-    trees: dict[str, str] = {}
+    signers: dict[str, tuple[str, ...]] = {}
 
 
 class HostState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The host. `document` is the digest of the desired state of `generation`; `reports` the numbers reserved so far.
 
     `clock_floor` is the latest time that an operator signed for; `record_at` that of the newest host record.
+    `since` is when this incarnation began by the host's own clock (None: before agents remembered that).
+    `witnesses` are heads of the workspace's journal, oldest first; the last is the newest (see `witness`),
+    and `witnessed_by` the ids of the keys that signed the desired state it came with. `workspace` is where all this holds, and
+    `machine` a salted digest of the machine that it was made on (see `identity`); empty before agents kept them.
     """
 
     incarnation: str
+    since: datetime | None = None
     generation: int = 0
     document: str = ""
-    journal_head: str = ""
+    witnesses: tuple[Witness, ...] = ()
+    witnessed_by: tuple[str, ...] = ()
     clock_floor: datetime | None = None
     record_at: datetime | None = None
     reports: int = 0
+    workspace: str = ""
+    machine: str = ""
 
 
 class ModuleStore:
@@ -148,13 +158,13 @@ class Store:
         self.tuf = state_dir / "tuf"
         self.trust = state_dir / "trust"
 
-    def open(self, new_incarnation: Callable[[], str]) -> HostState:
-        """The host's state, made when there is none. Raises Refused(HOST_DISK)."""
+    def open(self, new_incarnation: Callable[[], str], now: datetime) -> HostState:
+        """The host's state, made at `now` when there is none. Raises Refused(HOST_DISK)."""
         for folder in (self.dir, self.policies, self.downloads, self.trust, self.dir / "modules"):
             self.disk.folder(folder)
         found = _decode(self.disk, self.dir / "state.json", HostState)
         if found is None:
-            found = HostState(incarnation=new_incarnation())
+            found = HostState(incarnation=new_incarnation(), since=now)
             self.save(found)
         return found
 

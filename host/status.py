@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -14,6 +15,8 @@ import msgspec
 from loopback.contracts.abi import HealthReport
 from loopback.contracts.codes import Code, Refusal
 from loopback.contracts.reports import MAX_BYTES, ModuleStatus, Phase, Status
+from loopback.contracts.trustdoc import WorkspaceRules
+from loopback.host.floors import noncompliant
 from loopback.host.state import ModuleState
 from loopback.host.trial import unwell
 
@@ -64,9 +67,16 @@ class Seen(Protocol):
     metrics: dict[str, float]
 
 
-def modules(states: Mapping[str, ModuleState], seen: Mapping[str, Seen]) -> tuple[ModuleStatus, ...]:
-    """Every module that has a state, by name."""
-    return tuple(module(states[name], seen.get(name)) for name in sorted(states))
+def modules(
+    states: Mapping[str, ModuleState], seen: Mapping[str, Seen], rules: WorkspaceRules, time: datetime
+) -> tuple[ModuleStatus, ...]:
+    """Every module that has a state, by name; `rules` are the workspace's, by the host's own trust document."""
+    return tuple(
+        msgspec.structs.replace(
+            module(states[name], seen.get(name)), noncompliant=noncompliant(states[name], rules, time)
+        )
+        for name in sorted(states)
+    )
 
 
 def module(state: ModuleState, seen: Seen | None) -> ModuleStatus:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -21,7 +19,8 @@ from loopback.contracts.desired import Running
 from loopback.contracts.messages import Policy
 from loopback.host import install, proc, status, transitions
 from loopback.host.config import HostConfig
-from loopback.host.process import Launch, ModuleProcess
+from loopback.host.launch import launch
+from loopback.host.process import ModuleProcess, Starter, direct
 from loopback.host.state import Store
 from loopback.trust.manifest import Manifest
 
@@ -38,6 +37,7 @@ class Supervisor:
     def __init__(
         self, module: str, store: Store, config: HostConfig, features: frozenset[str],
         group: asyncio.TaskGroup, changed: Callable[[], None], on_event: Callable[[str, abi.Event], None],
+        starter: Starter = direct,
     ) -> None:  # fmt: skip
         self.module = module
         self.store = store
@@ -47,6 +47,7 @@ class Supervisor:
         self.group = group
         self.changed = changed
         self.on_event = on_event
+        self.starter = starter
         self.busy = asyncio.Lock()
         self.process: ModuleProcess | None = None
         self.manifest: Manifest | None = None
@@ -70,15 +71,18 @@ class Supervisor:
         """The first half of `start`: verified, started, greeted."""
         await self.end()
         manifest = await asyncio.to_thread(install.verify_unpacked, self.own, running)
-        install.check_requirements(manifest, self.config, self.features)
+        signers = self.own.read().signers.get(running.package, ())
+        install.check_allowed(manifest, signers, self.config)
+        install.check_requirements(manifest, self.features)
         self.store.disk.folder(self.own.data)
-        launch = _launch(manifest, self.own.version_dir(running), self.own.data, self.own.folder / "log")
+        folder, data = self.own.version_dir(running), self.own.data
+        spec = launch(manifest, running.package, folder, data, self.own.folder / "log")
 
         def note(pid: int, start: int) -> None:
             self.store.disk.write(self.own.folder / "process.json", msgspec.json.encode([pid, start]))
 
         process = await ModuleProcess.start(
-            launch, self.group, lambda event: self.on_event(self.module, event), note
+            spec, self.group, lambda event: self.on_event(self.module, event), note, self.starter
         )
         self.process, self.manifest, self.package = process, manifest, running.package
         return process
@@ -225,33 +229,17 @@ class Supervisor:
         self._wake.set()
 
 
-async def stage(process: ModuleProcess, running: Running, policy: Policy) -> dict[str, str]:
-    """Have a policy staged; what the module says of it. Raises Refused."""
+async def stage(
+    process: ModuleProcess, running: Running, policy: Policy, control: list[abi.Connection] | None = None
+) -> dict[str, str]:
+    """Have a policy staged, one that leaves the connections of `control` alone; what the module says of it. Raises Refused."""
     assert running.policy is not None
     done = await process.request(
-        abi.Stage(digest=running.policy, serial=running.policy_serial, content=bytes(policy.content))
+        abi.Stage(
+            digest=running.policy,
+            serial=running.policy_serial,
+            content=bytes(policy.content),
+            control=control,
+        )
     )
     return done.detail
-
-
-def _launch(manifest: Manifest, folder: Path, data: Path, log_file: Path) -> Launch:
-    return Launch(
-        module=manifest.name,
-        version=manifest.version,
-        argv=install.command(manifest, folder),
-        env={
-            "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
-            "LANG": "C.UTF-8",
-            "HOME": str(data),
-            "PYTHONPATH": str(folder / "lib"),
-            # The tree is compared with its digests before every start: nothing may be added to it.
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONUNBUFFERED": "1",
-            "LOOPBACK_PACKAGE_DIR": str(folder),
-        },
-        cwd=data,
-        log=log_file,
-        capabilities=manifest.module.capabilities,
-        memory_mib=manifest.limits.memory_mib,
-        stop_s=manifest.limits.stop_s,
-    )

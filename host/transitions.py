@@ -11,17 +11,21 @@ state, and `recover` has to know nothing but that state.
 from __future__ import annotations
 
 import hashlib
+from datetime import datetime
 from typing import Final
 
+import msgspec
 from msgspec.structs import replace
 
-from loopback.contracts.codes import Code, Refusal
+from loopback.contracts import envelope
+from loopback.contracts.codes import Code, Refusal, Refused
+from loopback.contracts.decoding import Decoder, Time
 from loopback.contracts.desired import DesiredModule, Running
 from loopback.contracts.reports import FINAL, Phase
 from loopback.host.state import ModuleState, Quarantined, Trial
 
 MAX_ATTEMPTS: Final = 5  # interruptions of one target before the host stops trying it
-MAX_TREES: Final = 16  # unpacked packages remembered; two are kept on disk
+MAX_SIGNED: Final = 16  # verified packages whose signers are remembered; two packages are kept on disk
 MAX_REASON: Final = 1024  # characters of a reason that is kept and reported
 MAX_QUARANTINE: Final = 64  # entries kept; the oldest give way
 
@@ -36,6 +40,15 @@ _NOT_ITS_FAULT: Final = frozenset(
         Code.KERNEL_UNSUPPORTED,
     }
 )
+
+
+class _Issued(msgspec.Struct, frozen=True):
+    """Of an operator's command that was verified before: when it was signed."""
+
+    issued_at: Time
+
+
+_ISSUED: Final = Decoder(msgspec.json.Decoder(_Issued))
 
 
 def brief(refusal: Refusal) -> Refusal:
@@ -68,6 +81,7 @@ def accept(state: ModuleState, entry: DesiredModule) -> ModuleState:
         generation=entry.generation,
         rollout=entry.rollout,
         scope=scope_digest(entry),
+        scope_at=_newest(state, entry),
         phase=Phase.ACCEPTED,
         step="accept",
         target=entry.running,
@@ -82,26 +96,38 @@ def scope_digest(entry: DesiredModule) -> str:
     return hashlib.sha256(entry.scope.payload.encode()).hexdigest()
 
 
+def _newest(state: ModuleState, entry: DesiredModule) -> datetime | None:
+    """When the newest rollout that was obeyed forward was signed. The way back is one of the rollout that it undoes."""
+    try:
+        at = _ISSUED.decode(envelope.payload_of(entry.scope)).issued_at
+    except (Refused, msgspec.MsgspecError):
+        return state.scope_at  # nothing that passed the checks is without
+    if entry.returning or (state.scope_at is not None and at <= state.scope_at):
+        return state.scope_at
+    return at
+
+
 def step(state: ModuleState, name: str, phase: Phase) -> ModuleState:
     """About to take a step."""
     return replace(state, step=name, phase=phase)
 
 
-def unpacked(state: ModuleState, package: str, digests: str) -> ModuleState:
-    """A package lies unpacked; `digests` is the SHA-256 of its `digests.json`."""
-    others = [item for item in state.trees.items() if item[0] != package]
-    return replace(state, trees=dict([*others[1 - MAX_TREES :], (package, digests)]))
+def signed(state: ModuleState, package: str, signers: tuple[str, ...]) -> ModuleState:
+    """A package was verified; `signers` are the ids of the keys that signed its release."""
+    others = [item for item in state.signers.items() if item[0] != package]
+    return replace(state, signers=dict([*others[1 - MAX_SIGNED :], (package, signers)]))
 
 
-def settle(state: ModuleState, generation: int, rollout: str, returning: bool) -> ModuleState:
+def settle(state: ModuleState, entry: DesiredModule) -> ModuleState:
     """An entry that asks for what holds already."""
     return replace(
         state,
-        generation=generation,
-        rollout=rollout,
+        generation=entry.generation,
+        rollout=entry.rollout,
+        scope_at=_newest(state, entry),
         target=state.promoted,
         attempts=_attempts(state, state.promoted),
-        returning=returning,
+        returning=entry.returning,
         phase=Phase.PROMOTED if state.promoted else Phase.REMOVED,
         step="",
         refusal=None,

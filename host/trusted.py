@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from loopback.contracts import subjects
@@ -26,7 +27,8 @@ Get = Callable[[str], Coroutine[Any, Any, tuple[bytes, dict[str, str]] | None]]
 
 
 class HostTrust:
-    """`trust` is the newest verified document, None before the first; `problem` why it may be out of date.
+    """`trust` is the newest verified document, None before the first; `problem` why it may be out of date; `clock_floor`
+    when the newest timestamp that was verified here was issued: it is no earlier than that.
 
     Where `problem` says expired or invalid, no new change is started; what is promoted stays.
     """
@@ -34,6 +36,7 @@ class HostTrust:
     def __init__(self, store: Store, root: bytes, get: Get, connected: Callable[[], bool]) -> None:
         self.trust: Trust | None = None
         self.problem: Refusal | None = None
+        self.clock_floor: datetime | None = None
         self._store = store
         self._get = get
         self._connected = connected
@@ -53,8 +56,11 @@ class HostTrust:
     async def _renew(self, load: Callable[[], None]) -> None:
         async with self._turn:
             try:
-                self.trust = await asyncio.to_thread(self._verified, load)
+                found = await asyncio.to_thread(self._verified, load)
+                if self.trust is None or self.trust.document != found.document:
+                    self.trust = found  # only then: what was verified with it is remembered by it
                 self.problem = None
+                self.clock_floor = self.repository.clock_floor
             except Refused as refused:
                 # Before the first connection there is nothing to load, which is no news.
                 first = load == self.repository.load and self.trust is None
