@@ -14,31 +14,33 @@ from typing import Final
 
 from loopback.bpf import btf
 
-LAYOUT: Final = 1
+LAYOUT: Final = 4
 SLOTS: Final = 2
-MAX_RULES: Final = 4096
-MAX_COUNTERS: Final = 8192
-SET_WORDS: Final = 4
-MAX_SETS: Final = 64 * SET_WORDS - 1  # number 0 is no set
-RULE_PORTS: Final = 4
-RULE_SOURCE_PORTS: Final = 2
-RULE_PROTOCOLS: Final = 4
-RULE_ICMP: Final = 4
+SLACK: Final = 4096  # bytes behind the arena
+TUPLES: Final = 64  # of one classifier
+ENTRY_MASK: Final = 0xFFFFFF  # of a head: the place of a chain's first entry + 1
+DIRECT: Final = 1 << 31  # in a root: the class itself
+MIN_COUNTERS: Final = 1024
+MIN_HALF: Final = 1 << 18  # bytes of a slot
+MAX_HALF: Final = 1 << 26
+WAYS: Final = 16  # of a bucket of the connection table
+MIN_FLOWS: Final = 4 * WAYS  # of a connection table; these three are powers of two
+FLOWS: Final = 65536
+MAX_FLOWS: Final = 1 << 24
+MAX_SETS: Final = 255  # number 0 is no set
 MAX_INTERFACES: Final = 63  # bit 63 asks the program to look the bits up
 NO_RULE: Final = 0xFFFFFFFF
-ANY_CODE: Final = 0xFF
 TICK_SHIFT: Final = 26  # a tick of the deadline is 2^26 ns of the boot clock
 
 INGRESS, EGRESS = 0, 1
 DROP, ACCEPT = 0, 1
 NEW, ESTABLISHED, RELATED, INVALID = 1, 2, 4, 8
 STATES: Final = {"new": NEW, "established": ESTABLISHED, "related": RELATED, "invalid": INVALID}
-IPV4, IPV6 = 1, 2
 
-SOURCE_PREFIX, SOURCE_SET, DESTINATION_PREFIX, DESTINATION_SET, INTERFACES, LIMIT_RULE, LIMIT_SOURCE = (
-    1 << bit for bit in range(7)
-)
-USES_SETS4, USES_SETS6, USES_INTERFACES = 1, 2, 4
+LAST, ACCEPTS, MORE, SAMPLES = 1, 2, 4, 8  # of an entry
+INTERFACES, LIMIT_RULE, LIMIT_SOURCE = 1, 2, 4  # of a rule
+HAS_PORTS, HAS_ICMP = 1, 2  # what an entry may need of a packet
+USES_INTERFACES = 1
 
 #: Index is `enum fw_reason`.
 REASONS: Final = (
@@ -47,80 +49,153 @@ REASONS: Final = (
 )  # fmt: skip
 PARSED: Final = ("parsed", "essential", "unparsed", "truncated")
 FLOW_STAGES: Final = ("opening", "open", "closing", "reset")
+FLOW_PROOFS: Final = ("one-sided", "answered", "proven")
 PROBE_ACTIVE: Final = 0xFF
+LOGGED, SHADOWED = 1, 2  # why a packet is reported
+ASKED_EGRESS, ASKED_REPLY = 1, 2  # of an event
+LATER_FRAGMENT: Final = 8  # of a packet
+MAX_SHADOW: Final = 0xFFFF  # one in so many
 
 _address = ct.c_uint8 * 16
+
+
+class Match(ct.Structure):
+    """struct fw_match"""
+
+    _fields_ = (
+        ("order", ct.c_uint32),
+        ("identity", ct.c_uint32),
+        ("ports", ct.c_uint16 * 2),
+        ("source_ports", ct.c_uint16 * 2),
+        ("source_shift", ct.c_uint8),
+        ("destination_shift", ct.c_uint8),
+        ("protocol", ct.c_uint8),
+        ("protocol_mask", ct.c_uint8),
+        ("needs", ct.c_uint8),
+        ("flags", ct.c_uint8),
+        ("source_set", ct.c_uint8),
+        ("destination_set", ct.c_uint8),
+    )
+
+
+class Entry4(ct.Structure):
+    """struct fw_entry4"""
+
+    _fields_ = (("source", ct.c_uint32), ("destination", ct.c_uint32), ("match", Match))
+
+
+class Entry6(ct.Structure):
+    """struct fw_entry6"""
+
+    _fields_ = (
+        ("source", ct.c_uint64 * 2),
+        ("destination", ct.c_uint64 * 2),
+        ("match", Match),
+        ("pad", ct.c_uint64),
+    )
 
 
 class Rule(ct.Structure):
     """struct fw_rule"""
 
     _fields_ = (
-        ("identity", ct.c_uint32),
-        ("order", ct.c_uint32),
-        ("action", ct.c_uint8),
-        ("families", ct.c_uint8),
+        ("log_sample", ct.c_uint32),
         ("states", ct.c_uint8),
         ("flags", ct.c_uint8),
-        ("source_set", ct.c_uint16),
-        ("destination_set", ct.c_uint16),
-        ("protocols", ct.c_uint8 * RULE_PROTOCOLS),
-        ("protocol_count", ct.c_uint8),
-        ("port_count", ct.c_uint8),
-        ("source_port_count", ct.c_uint8),
-        ("icmp_count", ct.c_uint8),
-        ("ports", ct.c_uint16 * 2 * RULE_PORTS),
-        ("source_ports", ct.c_uint16 * 2 * RULE_SOURCE_PORTS),
-        ("icmp", ct.c_uint8 * 2 * RULE_ICMP),
+        ("pad", ct.c_uint8 * 2),
         ("interfaces", ct.c_uint64),
-        ("source", _address),
-        ("source_mask", _address),
-        ("destination", _address),
-        ("destination_mask", _address),
         ("limit_interval", ct.c_uint64),
         ("limit_tolerance", ct.c_uint64),
-        ("log_sample", ct.c_uint32),
-        ("pad", ct.c_uint32),
     )
 
 
-class SlotHead(ct.Structure):
-    """struct fw_slot without its rules"""
+class Tuple4(ct.Structure):
+    """struct fw_tuple4"""
 
     _fields_ = (
-        ("epoch", ct.c_uint32),
-        ("flags", ct.c_uint32),
-        ("first", ct.c_uint32 * 2),
-        ("count", ct.c_uint32 * 2),
-        ("defaults", ct.c_uint8 * 2),
-        ("pad", ct.c_uint8 * 2),
-        ("default_sample", ct.c_uint32),
-        ("digest", ct.c_uint8 * 32),
+        ("source_mask", ct.c_uint32),
+        ("destination_mask", ct.c_uint32),
+        ("transport_mask", ct.c_uint64),
+        ("best", ct.c_uint32),
+        ("seed", ct.c_uint32),
+    )
+
+
+class Tuple6(ct.Structure):
+    """struct fw_tuple6"""
+
+    _fields_ = (
+        ("source_mask", ct.c_uint64 * 2),
+        ("destination_mask", ct.c_uint64 * 2),
+        ("transport_mask", ct.c_uint64),
+        ("best", ct.c_uint32),
+        ("seed", ct.c_uint32),
+    )
+
+
+class Table(ct.Structure):
+    """struct fw_table"""
+
+    _fields_ = (
+        ("root", ct.c_uint32),
+        ("shift", ct.c_uint32),
+        ("blocks", ct.c_uint32),
+        ("classes", ct.c_uint32),
+        ("base", ct.c_uint64),
+        ("limit", ct.c_uint64),
+    )
+
+
+class Classifier(ct.Structure):
+    """struct fw_classifier"""
+
+    _fields_ = (
+        ("tuples", ct.c_uint32),
+        ("count", ct.c_uint32),
+        ("entries", ct.c_uint32),
+        ("tuple", ct.c_uint32),
+        ("heads", ct.c_uint32),
+        ("heads_mask", ct.c_uint32),
+        ("protocols", ct.c_uint32),
+        ("first", ct.c_uint32),
+        ("fields", Table * 4),  # source, destination, port, source port
     )
 
 
 class Slot(ct.Structure):
     """struct fw_slot"""
 
-    _fields_ = (*SlotHead._fields_, ("rules", Rule * MAX_RULES))
+    _fields_ = (
+        ("epoch", ct.c_uint32),
+        ("flags", ct.c_uint16),
+        ("shadow", ct.c_uint16),
+        ("rules", ct.c_uint32),
+        ("sets", ct.c_uint32),
+        ("default_sample", ct.c_uint32),
+        ("defaults", ct.c_uint8 * 2),
+        ("mark", ct.c_uint8 * 10),
+        ("digest", ct.c_uint8 * 32),
+        ("classifiers", Classifier * 2 * 2),  # direction; IPv4, IPv6
+    )
 
 
-class SetKey4(ct.Structure):
-    """struct fw_set_key4"""
+class Sizes(ct.Structure):
+    """struct fw_sizes"""
 
-    _fields_ = (("length", ct.c_uint32), ("address", ct.c_uint8 * 4))
-
-
-class SetKey6(ct.Structure):
-    """struct fw_set_key6"""
-
-    _fields_ = (("length", ct.c_uint32), ("address", ct.c_uint8 * 16))
+    _fields_ = (("half", ct.c_uint64), ("buckets", ct.c_uint32), ("weak", ct.c_uint32))
 
 
-class SetValue(ct.Structure):
-    """struct fw_set_value"""
+class Set(ct.Structure):
+    """struct fw_set"""
 
-    _fields_ = (("sets", ct.c_uint64 * SET_WORDS),)
+    _fields_ = (
+        ("root", ct.c_uint32),
+        ("changes", ct.c_uint32),
+        ("shift", ct.c_uint32),
+        ("narrow", ct.c_uint32),
+        ("base", ct.c_uint64),
+        ("limit", ct.c_uint64),
+    )
 
 
 class Config(ct.Structure):
@@ -159,13 +234,32 @@ class Flow(ct.Structure):
     """struct fw_flow"""
 
     _fields_ = (
-        ("seen", ct.c_uint32),
+        ("key", FlowKey),
+        ("seen", ct.c_uint64),
+        ("sequence", ct.c_uint32),
+        ("life", ct.c_uint32),
         ("swapped", ct.c_uint8),
         ("direction", ct.c_uint8),
         ("stage", ct.c_uint8),
-        ("icmp_type", ct.c_uint8),
+        ("proof", ct.c_uint8),
+        ("number", ct.c_uint32),
         ("sides", FlowSide * 2),
+        ("born", ct.c_uint64),
+        ("icmp_type", ct.c_uint8),
+        ("pad", ct.c_uint8 * 23),
     )
+
+
+class FlowTags(ct.Structure):
+    """struct fw_flow_tags"""
+
+    _fields_ = (("word", ct.c_uint64 * (WAYS // 4)),)
+
+
+class FlowSeed(ct.Structure):
+    """struct fw_flow_seed"""
+
+    _fields_ = (("word", ct.c_uint64 * 11),)
 
 
 class FragmentKey(ct.Structure):
@@ -208,6 +302,7 @@ class Totals(ct.Structure):
         ("by_slot", ct.c_uint64 * 2 * SLOTS),
         ("flows_created", ct.c_uint64),
         ("flows_failed", ct.c_uint64),
+        ("flows_evicted", ct.c_uint64),
         ("revalidated", ct.c_uint64),
         ("past_deadline", ct.c_uint64),
         ("events_lost", ct.c_uint64),
@@ -237,7 +332,12 @@ class Event(ct.Structure):
         ("icmp_type", ct.c_uint8),
         ("icmp_code", ct.c_uint8),
         ("tcp_flags", ct.c_uint8),
-        ("pad", ct.c_uint32),
+        ("why", ct.c_uint8),
+        ("packet", ct.c_uint8),
+        ("asked", ct.c_uint8),
+        ("pad", ct.c_uint8),
+        ("origin", ct.c_uint32),
+        ("pad2", ct.c_uint32),
     )
 
 
@@ -268,15 +368,23 @@ class Clock(ct.Structure):
 
 #: By their names in C.
 STRUCTS: Final[dict[str, type[ct.Structure]]] = {
+    "fw_match": Match,
+    "fw_entry4": Entry4,
+    "fw_entry6": Entry6,
     "fw_rule": Rule,
+    "fw_tuple4": Tuple4,
+    "fw_tuple6": Tuple6,
+    "fw_table": Table,
+    "fw_classifier": Classifier,
     "fw_slot": Slot,
-    "fw_set_key4": SetKey4,
-    "fw_set_key6": SetKey6,
-    "fw_set_value": SetValue,
+    "fw_sizes": Sizes,
+    "fw_set": Set,
     "fw_config": Config,
     "fw_flow_key": FlowKey,
     "fw_flow_side": FlowSide,
     "fw_flow": Flow,
+    "fw_flow_tags": FlowTags,
+    "fw_flow_seed": FlowSeed,
     "fw_fragment_key": FragmentKey,
     "fw_fragment": Fragment,
     "fw_bucket_key": BucketKey,
@@ -316,15 +424,63 @@ def _place(field: btf.Field | None) -> str:
     return f"{field.name} at {field.offset}, {field.size} bytes," if field else "nothing"
 
 
-def fingerprint() -> str:
-    """What two versions must have in common to share maps: 16 hex digits over every field's place, and LAYOUT."""
-    text = [f"layout {LAYOUT}"]
-    for name, struct in STRUCTS.items():
-        text.append(f"{name} {ct.sizeof(struct)}")
+_TABLE: Final = (FlowKey, FlowSide, Flow, FlowTags, FlowSeed)
+_SLOTS: Final = (Match, Entry4, Entry6, Rule, Tuple4, Tuple6, Table, Classifier, Set, Slot)
+#: The structures of each map. Two versions share a map when these, and its number in CHANGED, are the same in both.
+HELD: Final[dict[str, tuple[type[ct.Structure], ...]]] = {
+    "arena": _SLOTS,
+    "interfaces": _SLOTS,
+    "fence": (),
+    "config": (Config,),
+    "flows": _TABLE,
+    "flow_tags": _TABLE,
+    "flow_seed": _TABLE,
+    "fragments": (FragmentKey, Fragment),
+    "buckets": (BucketKey,),
+    "counters": (Counter,),
+    "totals": (Totals,),
+    "events": (Event,),
+    "active": (),
+}
+#: The LAYOUT with which the meaning of a map's content changed last. Whoever counts LAYOUT up says here for which maps.
+CHANGED: Final = dict.fromkeys(HELD, 1) | {
+    "arena": 4, "interfaces": 2, "events": 4, "flows": 3, "flow_tags": 3, "flow_seed": 3,
+}  # fmt: skip
+
+
+def fingerprint(name: str) -> str:
+    """What two versions must have in common to share the map `name`: 12 hex digits over every field's place.
+
+    Epochs are everywhere, so a map is shared only by versions that agree on the active word as well.
+    """
+    text = [f"{name} {CHANGED[name]} {CHANGED['active']}"]
+    for struct in HELD[name]:
+        text.append(f"{struct.__name__} {ct.sizeof(struct)}")
         for field in struct._fields_:
             place = getattr(struct, field[0])
             text.append(f" {field[0]} {place.offset} {place.size}")
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:12]
+
+
+def size_of_slot() -> int:
+    """Bytes of a slot's head."""
+    return ct.sizeof(Slot)
+
+
+def buckets_for(flows: int) -> int:
+    """How many buckets a connection table for so many flows has: a power of two, within what there can be."""
+    wanted = min(max(flows, MIN_FLOWS), MAX_FLOWS)
+    return 1 << (-(-wanted // WAYS) - 1).bit_length()
+
+
+def half_for(need: int) -> int:
+    """The size of slots for a policy of `need` bytes: a power of two with an eighth to spare."""
+    return max(MIN_HALF, 1 << (need + need // 8 - 1).bit_length())
+
+
+def counters_for(rules: int) -> int:
+    """The number of counters for a policy of `rules`: a power of two with an eighth to spare for rules of other policies."""
+    return max(MIN_COUNTERS, 1 << (rules + rules // 8 - 1).bit_length())
 
 
 def active_word(epoch: int, fallback: int = 0, deadline: int = 0) -> int:

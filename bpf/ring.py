@@ -5,10 +5,14 @@ from __future__ import annotations
 import ctypes as ct
 import errno
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from loopback.bpf import loader
 from loopback.bpf.loader import Map, refused
+
+MOST: Final = (
+    1000  # records in one call: the kernel may write faster than they are read, and others wait meanwhile
+)
 
 
 class Ring:
@@ -21,6 +25,7 @@ class Ring:
         lib.ring_buffer__new.argtypes = [ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_void_p]
 
         self._failure: BaseException | None = None
+        self._left = 0
 
         def receive(_context: Any, data: int, size: int) -> int:
             try:
@@ -28,7 +33,8 @@ class Ring:
             except BaseException as error:  # ctypes would print and forget it; `consume` raises it
                 self._failure = error
                 return -errno.ECANCELED
-            return 0
+            self._left -= 1
+            return 0 if self._left > 0 else -errno.ECANCELED
 
         # libbpf calls it as long as this lives
         self._receive = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)(receive)
@@ -42,14 +48,17 @@ class Ring:
         return int(loader._library().ring_buffer__epoll_fd(self._handle))
 
     def consume(self) -> int:
-        """Hand over what is there now. Returns how many records. Raises Refused, and what the reader raised.
+        """Hand over what is there now, MOST at once. Returns how many records. Raises Refused, and what the reader raised.
 
         A record that the reader failed on is used up; those after it stay for the next call.
         """
+        self._left = MOST
         result = int(loader._library().ring_buffer__consume(self._handle))
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+        if self._left <= 0:
+            return MOST
         if result < 0:
             raise refused(result, "reading the ring buffer")
         return result

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Final
 
 import msgspec
 
 _RTM_NEWLINK, _RTM_GETLINK, _RTM_GETQDISC, _RTM_DELQDISC, _RTM_GETTFILTER = 16, 18, 38, 37, 46
+_RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
+_RTA_DST, _RTA_SRC, _RTA_OIF = 1, 2, 4
 _REQUEST, _ACK, _DUMP = 1, 4, 0x300
 _IFLA_IFNAME = 3
 _GROUP_LINK = 1
@@ -48,6 +51,30 @@ def devices() -> list[Device]:
             name = dict(_attributes(body[16:])).get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
             found.append(Device(index, name, hardware, bool(flags & IFF_UP)))
     return found
+
+
+def device_to(remote: str, local: str) -> int:
+    """The number of the device by which packets from `local` leave for `remote`; 0 where there is no way.
+
+    Raises OSError where the kernel does not answer, ValueError for what is no address.
+    """
+    family = socket.AF_INET6 if ":" in remote else socket.AF_INET
+    addresses = [socket.inet_pton(family, one.split("%")[0]) for one in (remote, local)]
+    length = len(addresses[0])
+    body = struct.pack("=BBBBBBBBI", family, 8 * length, 8 * length, 0, 0, 0, 0, 0, 0)
+    for kind, address in zip((_RTA_DST, _RTA_SRC), addresses, strict=True):
+        body += struct.pack("=HH", 4 + length, kind) + address
+    try:
+        with contextlib.closing(_ask(_RTM_GETROUTE, body, 0)) as answers:
+            for kind, route in answers:
+                if kind == _RTM_NEWROUTE:
+                    out = dict(_attributes(route[12:])).get(_RTA_OIF)
+                    return int(struct.unpack("=I", out)[0]) if out else 0
+    except TimeoutError:
+        raise
+    except OSError:
+        return 0
+    return 0
 
 
 def monitor() -> socket.socket:
@@ -95,7 +122,7 @@ def remove_clsact(index: int) -> None:
         pass
 
 
-def _ask(kind: int, body: bytes, flags: int) -> Iterator[tuple[int, bytes]]:
+def _ask(kind: int, body: bytes, flags: int) -> Generator[tuple[int, bytes], None, None]:
     """One request; the answers as (type, body after the netlink header)."""
     with socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE

@@ -7,6 +7,7 @@ Sources are found where the package `loopback` was imported from, so it works in
 from __future__ import annotations
 
 import hashlib
+import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,10 +15,10 @@ from pathlib import Path
 import msgspec
 
 import loopback
-from loopback.bpf.build import compile_object
+from loopback.bpf import build as bpf
 from loopback.contracts.codes import Code, Refused
+from loopback.trust import attest, package
 from loopback.trust import manifest as manifests
-from loopback.trust import package
 from loopback.trust.manifest import Manifest
 from loopback.trust.repository import write_durably
 
@@ -41,9 +42,23 @@ def build_module(
     or a file whose name ends in `.lbm`; it is written only once everything succeeded.
     Raises Refused naming file, line or field: MANIFEST_*, PACKAGE_* (also with the words of clang).
     """
+    data, manifest = pack(source_dir, version=version, overlay=overlay)
+    path = (
+        out if out.suffix == package.SUFFIX else out / f"{manifest.name}-{manifest.version}{package.SUFFIX}"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, data)
+    return BuiltPackage(path, hashlib.sha256(data).hexdigest(), len(data), manifest)
+
+
+def pack(
+    source_dir: Path, *, version: str | None = None, overlay: Path | None = None
+) -> tuple[bytes, Manifest]:
+    """The same in memory: the package's bytes and its manifest."""
     described = source_dir / package.MANIFEST
     try:
-        manifest = manifests.parse(described.read_bytes(), str(described))
+        text = described.read_bytes()
+        manifest = manifests.parse(text, str(described))
     except (FileNotFoundError, NotADirectoryError):
         raise Refused(
             Code.MANIFEST_INVALID,
@@ -54,10 +69,15 @@ def build_module(
         manifest = manifest.with_version(version)
     overlaid = _files_below(overlay) if overlay else {}
     files = _python(manifest, described)
+    sources = {name.removeprefix("lib/"): data for name, data in files.items()}
+    headers: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory(prefix="loopback-build-") as scratch:
         for index, program in enumerate(manifest.build.bpf):
             place = Path(scratch) / str(index)
-            files |= _object(source_dir, described, program, overlaid, place)
+            name, data, inputs = _object(source_dir, described, program, overlaid, place)
+            files[name] = data
+            for where, found in ((sources, inputs.own), (headers, inputs.system)):
+                where.update(found)
     for name, data in overlaid.items():
         if name in manifest.build.bpf:
             continue
@@ -68,13 +88,29 @@ def build_module(
                 "give it the path that the file has in the package",
             )
         files[name] = data
-    data = package.build(files, manifest)
-    path = (
-        out if out.suffix == package.SUFFIX else out / f"{manifest.name}-{manifest.version}{package.SUFFIX}"
+        sources[name.removeprefix("lib/")] = data
+    sources[package.MANIFEST] = text
+    tools = {"python": platform.python_version(), **(bpf.versions() if manifest.build.bpf else {})}
+    record = attest.Build(
+        sources=_digests(sources),
+        headers=_digests(headers),
+        tools=tools,
+        flags=bpf.FLAGS if manifest.build.bpf else (),
+        overlay=tuple(sorted(overlaid)),
+        license=manifest.build.license,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, data)
-    return BuiltPackage(path, hashlib.sha256(data).hexdigest(), len(data), manifest)
+    return package.build(files, manifest, record), manifest
+
+
+class _Inputs(msgspec.Struct, frozen=True):
+    """What a compiler read: files of the module, and the system's headers, each by a name that no machine changes."""
+
+    own: dict[str, bytes]
+    system: dict[str, bytes]
+
+
+def _digests(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
 def _package_root() -> Path:
@@ -83,14 +119,20 @@ def _package_root() -> Path:
 
 
 def _python(manifest: Manifest, described: Path) -> dict[str, bytes]:
-    """The listed Python files and folders, with the `__init__.py` of every package above them, below `lib/`."""
+    """The listed Python files and folders, with the `__init__.py` of every package above them, below `lib/`.
+
+    What begins with `loopback/` is found where that package is; anything else lies in the module's own folder.
+    """
     root = _package_root()
     files: dict[str, bytes] = {}
     for listed in manifest.build.python:
         relative = Path(listed)
-        source = root.parent / relative
-        if relative.is_absolute() or ".." in relative.parts or relative.parts[:1] != (root.name,):
-            raise _field(described, "build.python", f"{listed!r} is no path of the package {root.name!r}")
+        if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+            raise _field(
+                described, "build.python", f"{listed!r} is no path below the module's folder or {root.name}/"
+            )
+        base = root.parent if relative.parts[0] == root.name else described.parent
+        source = base / relative
         if source.is_file():
             found = [source]
         elif source.is_dir():
@@ -101,18 +143,18 @@ def _python(manifest: Manifest, described: Path) -> dict[str, bytes]:
             raise _field(described, "build.python", f"there is no Python source {source}")
         above = relative.parent
         while above.parts:
-            if (root.parent / above / "__init__.py").is_file():
-                found.append(root.parent / above / "__init__.py")
+            if (base / above / "__init__.py").is_file():
+                found.append(base / above / "__init__.py")
             above = above.parent
         for path in found:
-            files[f"lib/{path.relative_to(root.parent).as_posix()}"] = path.read_bytes()
+            files[f"lib/{path.relative_to(base).as_posix()}"] = path.read_bytes()
     return files
 
 
 def _object(
     source_dir: Path, described: Path, program: str, overlaid: dict[str, bytes], place: Path
-) -> dict[str, bytes]:
-    """One compiled eBPF program, below `bpf/`."""
+) -> tuple[str, bytes, _Inputs]:
+    """One compiled eBPF program: its name below `bpf/`, its bytes and what they were made of."""
     relative = Path(program)
     if relative.is_absolute() or ".." in relative.parts or not relative.name.endswith(".bpf.c"):
         raise _field(described, "build.bpf", f"{program!r} is no path of a .bpf.c file")
@@ -127,8 +169,24 @@ def _object(
         source = place / "source" / relative.name
         source.write_bytes(overlaid[program])
     name = relative.name.removesuffix(".c") + ".o"
-    compile_object(source, place / name)
-    return {f"bpf/{name}": (place / name).read_bytes()}
+    own: dict[str, bytes] = {}
+    system: dict[str, bytes] = {}
+    for path in bpf.compile_object(source, place / name):
+        if path.parent == source.parent:
+            own[f"{relative.parent.as_posix()}/{path.name}"] = path.read_bytes()
+        elif path.is_relative_to(source.parent):
+            own[(relative.parent / path.relative_to(source.parent)).as_posix()] = path.read_bytes()
+        else:
+            system[_system_name(path)] = path.read_bytes()
+    return f"bpf/{name}", (place / name).read_bytes(), _Inputs(own, system)
+
+
+def _system_name(path: Path) -> str:
+    """How `#include` names a header, wherever this machine keeps it."""
+    parts = path.parts
+    at = max(index for index, part in enumerate(parts) if part == "include" or index == 0)
+    rest = parts[at + 1 :]
+    return "/".join(rest[1:] if rest[0].endswith("-linux-gnu") else rest)
 
 
 def _files_below(folder: Path) -> dict[str, bytes]:

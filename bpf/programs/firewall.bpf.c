@@ -15,22 +15,23 @@
 #include "classify.h"
 #include "flows.h"
 
+#define ADOPTING 16 /* beside a state: a TCP connection that may have been there before the firewall */
 #define HEADERS 256 /* bytes made linear before a TC program reads headers */
 
 /* The epoch in force: one read of the word, and of the clock only while a commit waits for its confirmation. */
-static __always_inline __u32 epoch_in_force(bool *past)
+static __always_inline __u32 epoch_in_force(__u8 *past)
 {
 	__u32 zero = 0, deadline, epoch;
 	__u64 *at = bpf_map_lookup_elem(&active, &zero), word;
 
-	*past = false;
+	*past = 0;
 	if (!at)
 		return 0;
 	word = *(volatile __u64 *)at;
 	deadline = (__u32)word;
 	epoch = (word >> 32) & 0xffff;
 	if (deadline && tick_now() >= deadline) {
-		*past = true;
+		*past = 1;
 		epoch = word >> 48;
 	}
 	return epoch;
@@ -45,7 +46,7 @@ static __always_inline void say(enum fw_verdict verdict, enum fw_reason reason, 
 	answer->reason = reason;
 }
 
-static __noinline int report(struct packet *packet, struct answer *answer, __u32 epoch, __u32 direction)
+static __noinline int report(struct packet *packet, struct answer *answer, __u32 epoch, __u32 direction, __u32 why)
 {
 	struct fw_event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 
@@ -57,10 +58,10 @@ static __noinline int report(struct packet *packet, struct answer *answer, __u32
 		return 0;
 	}
 	event->boot_ns = bpf_ktime_get_boot_ns();
-	event->source[0] = packet->source[0];
-	event->source[1] = packet->source[1];
-	event->destination[0] = packet->destination[0];
-	event->destination[1] = packet->destination[1];
+	event->source[0] = bpf_cpu_to_be64(packet->source[0]);
+	event->source[1] = bpf_cpu_to_be64(packet->source[1]);
+	event->destination[0] = bpf_cpu_to_be64(packet->destination[0]);
+	event->destination[1] = bpf_cpu_to_be64(packet->destination[1]);
 	event->epoch = epoch;
 	event->identity = answer->identity;
 	event->order = answer->order;
@@ -77,15 +78,28 @@ static __noinline int report(struct packet *packet, struct answer *answer, __u32
 	event->icmp_type = packet->icmp_type;
 	event->icmp_code = packet->icmp_code;
 	event->tcp_flags = packet->tcp_flags;
+	event->why = why;
+	event->packet = packet->flags;
+	event->asked = answer->asked;
 	event->pad = 0;
+	event->origin = answer->origin;
+	event->pad2 = 0;
 	bpf_ringbuf_submit(event, 0);
 	return 0;
 }
 
-/* Count the packet for its rule or reason, and report one in `sample`: the first, then every N-th of this CPU. */
-static __always_inline void account(struct packet *packet, struct answer *answer, struct fw_slot *slot, __u32 direction)
+static __always_inline __u32 direction_of(struct packet *packet)
 {
+	return *(volatile __u32 *)&packet->direction & 1;
+}
+
+/* Count the packet for its rule or reason, and report one in `sample`: the first, then every N-th of this CPU. For the shadow, one
+ * in N of those likewise; user space asks the staged slot about them, so that no packet is judged twice on its way. */
+static __always_inline void account(struct packet *packet, struct answer *answer, struct fw_slot *slot)
+{
+	__u32 direction = direction_of(packet);
 	struct fw_totals *count = totals_here();
+	__u32 why = 0, shadow = *(volatile __u16 *)&slot->shadow;
 	__u64 seen = 0;
 
 	if (!count)
@@ -103,20 +117,11 @@ static __always_inline void account(struct packet *packet, struct answer *answer
 		}
 	}
 	if (answer->sample && seen % answer->sample == 0)
-		report(packet, answer, slot->epoch, direction);
-}
-
-static __always_inline void turn_round(struct packet *packet)
-{
-	__u64 first = packet->source[0], second = packet->source[1];
-	__u16 port = packet->source_port;
-
-	packet->source[0] = packet->destination[0];
-	packet->source[1] = packet->destination[1];
-	packet->source_port = packet->destination_port;
-	packet->destination[0] = first;
-	packet->destination[1] = second;
-	packet->destination_port = port;
+		why = FW_LOGGED;
+	if (shadow && seen % shadow == 0)
+		why |= FW_SHADOWED;
+	if (why)
+		report(packet, answer, slot->epoch, direction, why);
 }
 
 /* A packet that no flow speaks for. */
@@ -124,35 +129,35 @@ static __noinline int judge_new(struct packet *packet, struct fw_slot *slot, __u
 				struct answer *answer)
 {
 	struct fw_config *times = settings();
-	bool adopting = false, flow = true;
+	bool flow;
 
-	if (packet->protocol == PROTO_TCP && state == FW_INVALID && times && times->adopt_until) {
-		adopting = tick_now() < times->adopt_until;
-		if (adopting)
-			state = FW_NEW;
-	}
+	if (packet->protocol == PROTO_TCP && state == FW_INVALID && times && times->adopt_until &&
+	    tick_now() < times->adopt_until)
+		state = FW_NEW | ADOPTING;
 	classify(packet, ASK(slot->epoch, direction, state, 0), LOOK_UP_INTERFACE, answer);
 	if (packet->flags & LATER_FRAGMENT)
 		return 0;
+	/* A connection begins with its SYN: else what was revoked came back by its other end's next segment. */
+	flow = state != FW_INVALID;
 	if (packet->flags & HAS_ICMP)
 		flow = packet->flags & ECHO && !(packet->flags & ECHO_REPLY);
 	if (answer->verdict == FW_ACCEPT) {
 		if (flow)
-			flow_remember(packet, slot, direction, answer->identity, 0);
+			flow_remember(packet, slot->epoch, direction, answer->identity, false);
 		return 0;
 	}
-	if (adopting) {
-		/* A TCP connection that was there before the firewall: it may be the answer to one that we began. */
-		struct answer other = {};
-
+	if (state & ADOPTING) {
+		/* A TCP connection that was there before the firewall: it may be the answer to one that we began. There is
+		 * no stack for a second answer, so the first one is asked for again where it is not. */
 		turn_round(packet);
-		classify(packet, ASK(slot->epoch, direction ^ 1, FW_NEW, 1), LOOK_UP_INTERFACE, &other);
+		classify(packet, ASK(slot->epoch, direction ^ 1, FW_NEW, 1), LOOK_UP_INTERFACE, answer);
 		turn_round(packet);
-		if (other.verdict == FW_ACCEPT) {
-			*answer = other;
+		if (answer->verdict == FW_ACCEPT) {
 			answer->sample = 0;
 			answer->reason = FW_BY_ADOPTION;
-			flow_remember(packet, slot, direction ^ 1, answer->identity, 1);
+			flow_remember(packet, slot->epoch, direction ^ 1, answer->identity, true);
+		} else {
+			classify(packet, ASK(slot->epoch, direction, state, 1), LOOK_UP_INTERFACE, answer);
 		}
 	}
 	return 0;
@@ -162,11 +167,11 @@ static __noinline int judge_new(struct packet *packet, struct fw_slot *slot, __u
 __noinline int judge(struct packet *packet, __u32 index, __u32 direction, struct answer *answer)
 {
 	struct fw_config *times = settings();
-	__u32 now = bpf_jiffies64(), state = FW_NEW;
-	bool swapped, reply, opening;
-	struct fw_flow_key key;
-	struct fw_flow *flow;
+	__u32 state = FW_NEW;
+	struct flow_view view = {};
+	struct fw_flow *flow = NULL;
 	struct fw_slot *slot;
+	bool opening;
 
 	if (!packet || !answer)
 		return 0;
@@ -189,34 +194,27 @@ __noinline int judge(struct packet *packet, __u32 index, __u32 direction, struct
 	}
 	/* with FIN beside it too: some stacks open a connection by that */
 	opening = packet->protocol == PROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
-	swapped = packet_key(packet, &key);
-	flow = bpf_map_lookup_elem(&flows, &key);
-	if (flow && !flow_alive(flow, &key, times, now))
-		flow = NULL;
-	if (flow && !opening) {
-		reply = swapped != flow->swapped;
-		/* the identifier of an echo is in both directions: only its type says who asks */
-		if (packet->flags & ECHO && reply != !!(packet->flags & ECHO_REPLY))
-			flow = NULL;
-	}
-	if (flow && !opening) {
-		__u32 side = reply ? flow->direction : direction;
+	if (!opening) {
+		__u32 place = flow_find(packet, direction, &view);
 
-		if (flow->sides[side & 1].allowed) {
-			if (!reply && slot->flags & FW_USES_INTERFACES &&
-			    flow->sides[side & 1].ifindex != packet->ifindex) {
-				/* Rules name devices, and what was allowed on one is not on another: a bridge above its
-				 * port, or somebody who uses a neighbour's address elsewhere. */
-				classify(packet, ASK(slot->epoch, direction, FW_NEW, 1), LOOK_UP_INTERFACE, answer);
-				if (answer->verdict == FW_DROP)
-					return 0;
-			}
-			if (flow_allowed(flow, &key, slot, side, answer))
-				flow_touch(flow, packet, reply, times, now);
+		flow = place ? flow_at(place - 1) : NULL;
+	}
+	/* the identifier of an echo is in both directions: only its type says who asks */
+	if (flow && view.alive && !(packet->flags & ECHO && view.reply != !!(packet->flags & ECHO_REPLY))) {
+		if (!view.allowed) {
+			/* forwarded, or looped back: this hook sees the original for the first time */
+			judge_new(packet, slot, direction, FW_NEW, answer);
 			return 0;
 		}
-		/* forwarded, or looped back: this hook sees the original for the first time */
-		judge_new(packet, slot, direction, FW_NEW, answer);
+		if (!view.reply && slot->flags & FW_USES_INTERFACES && view.ifindex != packet->ifindex) {
+			/* Rules name devices, and what was allowed on one is not on another: a bridge above its
+			 * port, or somebody who uses a neighbour's address elsewhere. */
+			classify(packet, ASK(slot->epoch, direction, FW_NEW, 1), LOOK_UP_INTERFACE, answer);
+			if (answer->verdict == FW_DROP)
+				return 0;
+		}
+		if (flow_allowed(flow, &view, packet, slot, view.reply ? view.direction : direction, true, answer))
+			flow_touch(flow, &view, packet, times);
 		return 0;
 	}
 	if ((packet->protocol == PROTO_TCP && !opening) || packet->flags & ECHO_REPLY)
@@ -232,9 +230,9 @@ static __always_inline bool filter(void *context, bool xdp, void *data, void *en
 	struct answer answer = {};
 	struct fw_slot *slot;
 	__u32 epoch;
-	bool past;
 
-	epoch = epoch_in_force(&past);
+	packet.direction = direction;
+	epoch = epoch_in_force(&answer.past);
 	if (!epoch)
 		return true;
 	slot = slot_of(epoch & 1);
@@ -243,7 +241,7 @@ static __always_inline bool filter(void *context, bool xdp, void *data, void *en
 		struct fw_totals *count = totals_here();
 
 		if (count)
-			count->packets[direction][FW_BY_BROKEN][FW_DROP]++;
+			count->packets[direction_of(&packet)][FW_BY_BROKEN][FW_DROP]++;
 		return false;
 	}
 	packet.ifindex = ifindex;
@@ -252,9 +250,9 @@ static __always_inline bool filter(void *context, bool xdp, void *data, void *en
 		if (packet.inner && (xdp ? related_xdp(context, &packet, slot, &answer) :
 					   related_skb(context, &packet, slot, &answer)))
 			break;
-		judge(&packet, epoch, direction, &answer);
+		judge(&packet, slot->epoch, direction_of(&packet), &answer); /* not `epoch`: no register is kept for it */
 		if (answer.verdict == FW_ACCEPT && packet.flags & FIRST_FRAGMENT)
-			fragment_remember(&packet, direction, slot);
+			fragment_remember(&packet, direction_of(&packet), slot);
 		break;
 	case FW_ESSENTIAL:
 		say(FW_ACCEPT, FW_BY_ESSENTIAL, &answer);
@@ -264,29 +262,17 @@ static __always_inline bool filter(void *context, bool xdp, void *data, void *en
 		answer.sample = slot->default_sample;
 		break;
 	default:
-		say(slot->defaults[direction] & 1, FW_BY_UNPARSED, &answer);
+		say(slot->defaults[direction_of(&packet)] & 1, FW_BY_UNPARSED, &answer);
 		answer.sample = answer.verdict == FW_DROP ? slot->default_sample : 0;
 	}
-	if (past) {
+	if (answer.past) {
 		struct fw_totals *count = totals_here();
 
 		if (count)
 			count->past_deadline++;
 	}
-	account(&packet, &answer, slot, direction);
+	account(&packet, &answer, slot);
 	return answer.verdict == FW_ACCEPT;
-}
-
-static __always_inline int filter_skb(struct __sk_buff *skb, bool network, __u32 direction)
-{
-	__u32 wanted = skb->len < HEADERS ? skb->len : HEADERS;
-
-	if ((void *)(long)skb->data + wanted > (void *)(long)skb->data_end && bpf_skb_pull_data(skb, wanted))
-		return TC_ACT_SHOT;
-	return filter(skb, false, (void *)(long)skb->data, (void *)(long)skb->data_end, skb->len, network, skb->ifindex,
-		      direction) ?
-		       TC_ACT_UNSPEC :
-		       TC_ACT_SHOT;
 }
 
 SEC("xdp.frags")
@@ -298,33 +284,58 @@ int fw_xdp(struct xdp_md *xdp)
 		       XDP_DROP;
 }
 
+/* The entries for TC differ in two bits only, so the verifier walks what they share once: it is nearly all of a start. */
+#define EGRESS 1
+#define NO_ETHERNET 2
+
+static __always_inline int enter(struct __sk_buff *skb, __u32 how)
+{
+	skb->cb[0] = how; /* what TC programs hand on to each other; nobody else reads it between here and there */
+	bpf_tail_call(skb, &core, 0);
+	return TC_ACT_SHOT; /* nobody is there to judge it: never seen, and nothing may pass by it */
+}
+
+SEC("tc")
+int fw_core(struct __sk_buff *skb)
+{
+	__u32 wanted = skb->len < HEADERS ? skb->len : HEADERS, how = skb->cb[0];
+
+	skb->cb[0] = 0;
+	if ((void *)(long)skb->data + wanted > (void *)(long)skb->data_end && bpf_skb_pull_data(skb, wanted))
+		return TC_ACT_SHOT;
+	return filter(skb, false, (void *)(long)skb->data, (void *)(long)skb->data_end, skb->len, how & NO_ETHERNET,
+		      skb->ifindex, how & EGRESS ? FW_EGRESS : FW_INGRESS) ?
+		       TC_ACT_UNSPEC :
+		       TC_ACT_SHOT;
+}
+
 SEC("tc")
 int fw_tc_ingress(struct __sk_buff *skb)
 {
-	return filter_skb(skb, false, FW_INGRESS);
+	return enter(skb, 0);
 }
 
 SEC("tc")
 int fw_tc_egress(struct __sk_buff *skb)
 {
-	return filter_skb(skb, false, FW_EGRESS);
+	return enter(skb, EGRESS);
 }
 
 SEC("tc")
 int fw_l3_ingress(struct __sk_buff *skb)
 {
-	return filter_skb(skb, true, FW_INGRESS);
+	return enter(skb, NO_ETHERNET);
 }
 
 SEC("tc")
 int fw_l3_egress(struct __sk_buff *skb)
 {
-	return filter_skb(skb, true, FW_EGRESS);
+	return enter(skb, NO_ETHERNET | EGRESS);
 }
 
 /* Judge a packet by a slot, without touching flows, counters, buckets or events. The frame follows a struct fw_probe, which
  * carries the question in and the answer out. */
-SEC("xdp")
+SEC("xdp.frags")
 int fw_probe(struct xdp_md *xdp)
 {
 	void *data = (void *)(long)xdp->data, *end = (void *)(long)xdp->data_end;
@@ -333,11 +344,11 @@ int fw_probe(struct xdp_md *xdp)
 	struct answer answer = {};
 	struct fw_slot *slot;
 	__u32 epoch, wire, index, direction;
-	bool past;
+	__u8 past;
 
 	if ((void *)(probe + 1) > end)
 		return XDP_ABORTED;
-	wire = end - (void *)(probe + 1);
+	wire = bpf_xdp_get_buff_len(xdp) - sizeof(*probe); /* of a long frame only the beginning is at `data` */
 	probe->done = 1;
 	probe->parsed = probe->network ? parse(xdp, true, probe + 1, end, sizeof(*probe), wire, true, &packet) :
 					 parse(xdp, true, probe + 1, end, sizeof(*probe), wire, false, &packet);

@@ -10,55 +10,13 @@
 #define LOOPBACK_FLOWS_H
 
 #include "classify.h"
+#include "table.h"
 
-static __always_inline struct fw_config *settings(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&config, &zero);
-}
-
-static __always_inline struct fw_totals *totals_here(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&totals, &zero);
-}
+#define PROOF_WINDOW 65536 /* what an acknowledgement may be beyond the first: a guess hits one in 65,536 */
 
 static __always_inline __u32 tick_now(void)
 {
 	return bpf_ktime_get_boot_ns() >> FW_TICK_SHIFT;
-}
-
-/* Returns whether the packet goes from high to low. */
-static __always_inline bool flow_key(const __u64 *source, const __u64 *destination, __u16 source_port,
-				     __u16 destination_port, __u8 protocol, __u8 family, struct fw_flow_key *key)
-{
-	bool swap;
-
-	if (source[0] != destination[0])
-		swap = source[0] > destination[0];
-	else if (source[1] != destination[1])
-		swap = source[1] > destination[1];
-	else
-		swap = source_port > destination_port;
-	key->low[0] = swap ? destination[0] : source[0];
-	key->low[1] = swap ? destination[1] : source[1];
-	key->high[0] = swap ? source[0] : destination[0];
-	key->high[1] = swap ? source[1] : destination[1];
-	key->low_port = swap ? destination_port : source_port;
-	key->high_port = swap ? source_port : destination_port;
-	key->protocol = protocol;
-	key->family = family;
-	key->pad[0] = 0;
-	key->pad[1] = 0;
-	return swap;
-}
-
-static __noinline int packet_key(struct packet *packet, struct fw_flow_key *key)
-{
-	return flow_key(packet->source, packet->destination, packet->source_port, packet->destination_port,
-			packet->protocol, packet->family, key);
 }
 
 static __always_inline __u32 flow_timeout(struct fw_config *times, __u8 protocol, __u8 stage)
@@ -74,141 +32,191 @@ static __always_inline __u32 flow_timeout(struct fw_config *times, __u8 protocol
 	return times->timeout_other;
 }
 
-static __always_inline bool flow_alive(struct fw_flow *flow, struct fw_flow_key *key, struct fw_config *times,
-				       __u32 now)
+static __always_inline void turn_round(struct packet *packet)
 {
-	return now - flow->seen <= flow_timeout(times, key->protocol, flow->stage);
+	__u64 first = packet->source[0], second = packet->source[1];
+	__u16 port = packet->source_port;
+
+	packet->source[0] = packet->destination[0];
+	packet->source[1] = packet->destination[1];
+	packet->source_port = packet->destination_port;
+	packet->destination[0] = first;
+	packet->destination[1] = second;
+	packet->destination_port = port;
 }
 
-/* The original packet of a flow, as far as rules can ask about it. */
-static __always_inline void flow_original(struct fw_flow *flow, struct fw_flow_key *key, __u32 ifindex,
-					  struct packet *original)
+/* Judge a flow's original packet anew, after the policy changed. `packet` is that packet or its answer: there is no stack for
+ * another one, so it is lent, and given back as it was where somebody still `needs` it. */
+static __always_inline void revalidate(struct flow_view *view, struct packet *packet, __u32 ask, bool needs,
+				       struct answer *answer)
 {
-	bool swap = flow->swapped;
+	__u32 ifindex = packet->ifindex;
+	__u8 type = packet->icmp_type, code = packet->icmp_code;
 
-	original->source[0] = swap ? key->high[0] : key->low[0];
-	original->source[1] = swap ? key->high[1] : key->low[1];
-	original->destination[0] = swap ? key->low[0] : key->high[0];
-	original->destination[1] = swap ? key->low[1] : key->high[1];
-	original->source_port = swap ? key->high_port : key->low_port;
-	original->destination_port = swap ? key->low_port : key->high_port;
-	original->protocol = key->protocol;
-	original->family = key->family;
-	original->ifindex = ifindex;
-	original->icmp_type = flow->icmp_type;
-	original->flags = key->protocol == PROTO_ICMP || key->protocol == PROTO_ICMPV6 ? HAS_ICMP :
-			  carries_ports(key->protocol)				       ? HAS_PORTS :
-											 0;
+	packet->ifindex = view->ifindex;
+	packet->icmp_type = view->icmp_type;
+	packet->icmp_code = 0;
+	if (view->reply)
+		turn_round(packet);
+	classify(packet, ask, LOOK_UP_INTERFACE, answer);
+	if (!needs)
+		return;
+	if (view->reply)
+		turn_round(packet);
+	packet->ifindex = ifindex;
+	packet->icmp_type = type;
+	packet->icmp_code = code;
 }
 
-/* Whether the policy of `slot` allows what hook `side` allowed before. Judges the original packet when the policy changed. */
-static __noinline int flow_allowed(struct fw_flow *flow, struct fw_flow_key *key, struct fw_slot *slot, __u32 side,
-				   struct answer *answer)
+/* Whether the policy of `slot` allows what hook `side` allowed before. */
+static __always_inline bool flow_allowed(struct fw_flow *flow, struct flow_view *view, struct packet *packet,
+					 struct fw_slot *slot, __u32 side, bool needs, struct answer *answer)
 {
-	struct fw_flow_side *mine = &flow->sides[side & 1];
-	struct packet original = {};
 	struct fw_totals *count;
+	bool allowed;
 
-	answer->identity = mine->identity;
+	answer->origin = view->ifindex;
+	answer->asked = (side & 1) | (view->reply ? FW_ASKED_REPLY : 0);
+	answer->identity = view->identity;
 	answer->order = FW_NO_RULE;
 	answer->sample = 0;
 	answer->reason = FW_BY_FLOW;
 	answer->verdict = FW_ACCEPT;
-	if (mine->allowed == slot->epoch)
-		return 1;
+	if (view->allowed == slot->epoch)
+		return true;
 	answer->reason = FW_BY_REVOKED;
 	answer->verdict = FW_DROP;
-	if (mine->denied == slot->epoch)
-		return 0;
-	flow_original(flow, key, mine->ifindex, &original);
-	classify(&original, ASK(slot->epoch, side, FW_NEW, 1), LOOK_UP_INTERFACE, answer);
+	if (view->denied == slot->epoch)
+		return false;
+	revalidate(view, packet, ASK(slot->epoch, side, FW_NEW, 1), needs, answer);
 	count = totals_here();
 	if (count)
 		count->revalidated++;
-	mine->identity = answer->identity;
-	if (answer->verdict == FW_ACCEPT) {
-		mine->allowed = slot->epoch;
-		answer->reason = FW_BY_FLOW;
-		return 1;
+	allowed = answer->verdict == FW_ACCEPT;
+	/* Whoever writes to the flow meanwhile may have found the same; if not, its next packet is judged again. */
+	if (flow_lock(flow, view->sequence)) {
+		struct fw_flow_side *mine = &flow->sides[side & 1];
+
+		mine->identity = answer->identity;
+		if (allowed)
+			mine->allowed = slot->epoch;
+		else
+			mine->denied = slot->epoch;
+		flow_unlock(flow, view->sequence);
+		view->sequence += 2;
 	}
-	mine->denied = slot->epoch;
-	answer->reason = FW_BY_REVOKED;
-	return 0;
+	answer->reason = allowed ? FW_BY_FLOW : FW_BY_REVOKED;
+	return allowed;
 }
 
-static __always_inline void flow_touch(struct fw_flow *flow, struct packet *packet, bool reply,
-				       struct fw_config *times, __u32 now)
+/* What a packet that passes does to its flow. */
+static __always_inline void flow_touch(struct fw_flow *flow, struct flow_view *view, struct packet *packet,
+				       struct fw_config *times)
 {
-	if (now - flow->seen >= times->touch)
+	__u32 stage = view->stage, proof = view->proof, number = flow->number, awaited = number;
+	bool tcp = packet->protocol == PROTO_TCP, syn = tcp && packet->tcp_flags & TCP_SYN;
+	__u64 now = bpf_jiffies64();
+
+	if (view->reply && proof != FW_PROVEN) {
+		proof = FW_ANSWERED;
+		if (syn)
+			number = packet->number;
+	} else if (!view->reply && proof == FW_ANSWERED && !syn &&
+		   (!tcp || !number || packet->number - number < PROOF_WINDOW)) {
+		proof = FW_PROVEN;
+	}
+	if (tcp && packet->tcp_flags & TCP_RST && (stage == FW_FLOW_OPEN || stage == FW_FLOW_RESET))
+		stage = FW_FLOW_RESET; /* only the handshake's numbers are checked: who guesses the ports can forge it */
+	else if (tcp && packet->tcp_flags & (TCP_RST | TCP_FIN))
+		stage = FW_FLOW_CLOSING;
+	else if (stage == FW_FLOW_RESET || (stage == FW_FLOW_OPENING && proof >= (tcp ? FW_PROVEN : FW_ANSWERED)))
+		stage = FW_FLOW_OPEN;
+	if (stage != view->stage || proof != view->proof || number != awaited) {
+		if (!flow_lock(flow, view->sequence))
+			return; /* the next packet tells the same */
+		flow->stage = stage;
+		flow->proof = proof;
+		flow->number = number;
+		flow->life = flow_timeout(times, packet->protocol, stage);
 		flow->seen = now;
-	if (packet->protocol == PROTO_TCP) {
-		if (packet->tcp_flags & TCP_RST && (flow->stage == FW_FLOW_OPEN || flow->stage == FW_FLOW_RESET)) {
-			/* sequence numbers are not followed: anybody who guesses the ports can forge it */
-			flow->stage = FW_FLOW_RESET;
-			flow->seen = now;
-		} else if (packet->tcp_flags & (TCP_RST | TCP_FIN)) {
-			flow->stage = FW_FLOW_CLOSING;
-			flow->seen = now;
-		} else if (flow->stage == FW_FLOW_RESET) {
-			flow->stage = FW_FLOW_OPEN;
-			flow->seen = now;
-		} else if (reply && flow->stage == FW_FLOW_OPENING) {
-			flow->stage = FW_FLOW_OPEN;
-			flow->seen = now;
-		}
-	} else if (reply && flow->stage == FW_FLOW_OPENING) {
-		flow->stage = FW_FLOW_OPEN;
-		flow->seen = now;
+		flow_unlock(flow, view->sequence);
+	} else if (now - *(volatile __u64 *)&flow->seen >= times->touch) {
+		*(volatile __u64 *)&flow->seen = now;
 	}
 }
 
 /* Remember that `packet` was allowed by hook `direction`. With `reversed`, the flow's original packet went the other way. */
-static __noinline int flow_remember(struct packet *packet, struct fw_slot *slot, __u32 direction, __u32 identity,
-				    __u32 reversed)
+__noinline int flow_remember(struct packet *packet, __u32 epoch, __u32 direction, __u32 identity, bool reversed)
 {
-	struct fw_flow_key key;
-	struct fw_flow fresh = {}, *flow;
-	bool swapped = packet_key(packet, &key);
-	struct fw_totals *count = totals_here();
+	struct fw_totals *count;
 	struct fw_config *times = settings();
-	__u32 now = bpf_jiffies64();
+	struct flow_view view = {};
+	struct fw_flow *flow;
+	__u32 sequence, place;
+	bool known;
 
 	direction &= 1;
-	flow = bpf_map_lookup_elem(&flows, &key);
-	if (flow && times && flow_alive(flow, &key, times, now) && flow->swapped == (swapped ^ reversed)) {
-		flow->sides[direction].allowed = slot->epoch;
-		flow->sides[direction].identity = identity;
-		flow->sides[direction].ifindex = packet->ifindex;
-		if (flow->stage >= FW_FLOW_CLOSING && packet->tcp_flags & TCP_SYN)
-			flow->stage = FW_FLOW_OPENING; /* the ports are used again */
-		flow->seen = now;
+	if (!packet || !times)
 		return 0;
+	place = flow_find(packet, direction, &view);
+	known = place;
+	if (!known) {
+		place = flow_claim(packet);
+		if (!place) {
+			count = totals_here();
+			if (count)
+				count->flows_failed++;
+			return 0;
+		}
 	}
-	fresh.seen = now;
-	fresh.swapped = swapped ^ reversed;
-	fresh.direction = direction;
-	fresh.stage = reversed ? FW_FLOW_OPEN : FW_FLOW_OPENING;
-	fresh.icmp_type = packet->icmp_type;
-	fresh.sides[direction].allowed = slot->epoch;
-	fresh.sides[direction].identity = identity;
-	fresh.sides[direction].ifindex = packet->ifindex;
-	if (!count)
+	flow = flow_at(place - 1);
+	if (!flow)
 		return 0;
-	if (bpf_map_update_elem(&flows, &key, &fresh, BPF_ANY))
-		count->flows_failed++;
-	else
+	if (known) {
+		sequence = view.sequence;
+		if (!flow_lock(flow, sequence))
+			return 0; /* somebody remembers it just now; if he does not, its next packet is asked for again */
+		if (view.alive && view.reply == reversed) {
+			if (view.stage >= FW_FLOW_CLOSING && packet->tcp_flags & TCP_SYN) {
+				/* the ports are used again */
+				flow->stage = FW_FLOW_OPENING;
+				flow->proof = FW_ONE_SIDED;
+				flow->number = 0;
+				flow->life = flow_timeout(times, packet->protocol, FW_FLOW_OPENING);
+			}
+			goto allow;
+		}
+	} else {
+		sequence = flow->sequence - 1;
+	}
+	flow->swapped = packet_key_apart(packet, &flow->key) ^ reversed;
+	flow->direction = direction;
+	flow->stage = reversed ? FW_FLOW_OPEN : FW_FLOW_OPENING;
+	flow->proof = reversed ? FW_ANSWERED : FW_ONE_SIDED;
+	flow->number = 0;
+	flow->life = flow_timeout(times, packet->protocol, flow->stage);
+	flow->born = bpf_jiffies64();
+	flow->icmp_type = packet->icmp_type;
+	flow->sides[direction ^ 1].allowed = 0;
+	flow->sides[direction ^ 1].denied = 0;
+	flow->sides[direction].denied = 0;
+	count = totals_here();
+	if (count)
 		count->flows_created++;
+allow:
+	flow->sides[direction].allowed = epoch;
+	flow->sides[direction].identity = identity;
+	flow->sides[direction].ifindex = packet->ifindex;
+	flow->seen = bpf_jiffies64();
+	flow_unlock(flow, sequence);
 	return 0;
 }
 
-/* The key of the flow whose packet an ICMP error carries; only the first eight transport bytes are promised to be in there.
- * Returns whether there is one, sent by whom the error goes to. */
-static __always_inline bool inner_key(void *context, bool xdp, struct packet *packet, struct fw_flow_key *key)
+/* The packet that an ICMP error carries; only the first eight transport bytes are promised to be in there. Returns whether there is
+ * one, sent by whom the error goes to. */
+static __always_inline bool inner_packet(void *context, bool xdp, struct packet *packet, struct packet *inside)
 {
 	__u32 at = packet->inner;
-	__u64 source[2], destination[2];
-	__u16 source_port = 0, destination_port = 0;
-	__u8 protocol;
 
 	if (packet->family == 4) {
 		struct ipv4 ip;
@@ -216,64 +224,64 @@ static __always_inline bool inner_key(void *context, bool xdp, struct packet *pa
 		if (load(context, xdp, at, &ip, sizeof(ip)) || ip.version_length >> 4 != 4 ||
 		    (ip.version_length & 15) < 5 || ip.fragment & bpf_htons(0x1fff))
 			return false;
-		map_ipv4(source, ip.source);
-		map_ipv4(destination, ip.destination);
-		protocol = ip.protocol;
+		map_ipv4(inside->source, ip.source);
+		map_ipv4(inside->destination, ip.destination);
+		inside->protocol = ip.protocol;
 		at += (ip.version_length & 15) * 4;
 	} else {
 		struct ipv6 ip;
 
 		if (load(context, xdp, at, &ip, sizeof(ip)) || bpf_ntohl(ip.flow) >> 28 != 6)
 			return false;
-		source[0] = ip.source[0];
-		source[1] = ip.source[1];
-		destination[0] = ip.destination[0];
-		destination[1] = ip.destination[1];
-		protocol = ip.next;
+		read_ipv6(inside->source, ip.source);
+		read_ipv6(inside->destination, ip.destination);
+		inside->protocol = ip.next;
 		at += sizeof(ip);
 	}
-	if (carries_ports(protocol)) {
+	inside->family = packet->family;
+	if (carries_ports(inside->protocol)) {
 		struct transport ports;
 
 		if (load(context, xdp, at, &ports, sizeof(ports)))
 			return false;
-		source_port = bpf_ntohs(ports.source);
-		destination_port = bpf_ntohs(ports.destination);
-	} else if (protocol == PROTO_ICMP || protocol == PROTO_ICMPV6) {
+		inside->source_port = bpf_ntohs(ports.source);
+		inside->destination_port = bpf_ntohs(ports.destination);
+		inside->flags = HAS_PORTS;
+	} else if (inside->protocol == PROTO_ICMP || inside->protocol == PROTO_ICMPV6) {
 		struct icmp icmp;
 
 		if (load(context, xdp, at, &icmp, sizeof(icmp)))
 			return false;
-		source_port = destination_port = bpf_ntohs(icmp.id);
+		inside->source_port = inside->destination_port = bpf_ntohs(icmp.id);
+		inside->flags = HAS_ICMP;
 	}
-	flow_key(source, destination, source_port, destination_port, protocol, packet->family, key);
-	return source[0] == packet->destination[0] && source[1] == packet->destination[1];
+	return inside->source[0] == packet->destination[0] && inside->source[1] == packet->destination[1];
 }
 
-static __noinline int inner_key_xdp(void *context, struct packet *packet, struct fw_flow_key *key)
+static __noinline int inner_packet_xdp(void *context, struct packet *packet, struct packet *inside)
 {
-	return inner_key(context, true, packet, key);
+	return inner_packet(context, true, packet, inside);
 }
 
-static __noinline int inner_key_skb(void *context, struct packet *packet, struct fw_flow_key *key)
+static __noinline int inner_packet_skb(void *context, struct packet *packet, struct packet *inside)
 {
-	return inner_key(context, false, packet, key);
+	return inner_packet(context, false, packet, inside);
 }
 
 /* Whether an ICMP error belongs to a flow that is allowed. */
 static __always_inline bool related(void *context, bool xdp, struct packet *packet, struct fw_slot *slot,
 				    struct answer *answer)
 {
-	struct fw_config *times = settings();
-	struct fw_flow_key key = {};
+	struct packet inside = {};
+	struct flow_view view = {};
 	struct fw_flow *flow;
+	__u32 place;
 
-	if (!times || !(xdp ? inner_key_xdp(context, packet, &key) : inner_key_skb(context, packet, &key)))
+	if (!(xdp ? inner_packet_xdp(context, packet, &inside) : inner_packet_skb(context, packet, &inside)))
 		return false;
-	flow = bpf_map_lookup_elem(&flows, &key);
-	if (!flow || !flow_alive(flow, &key, times, bpf_jiffies64()))
-		return false;
-	if (!flow_allowed(flow, &key, slot, flow->direction, answer))
+	place = flow_find(&inside, AT_ORIGIN, &view);
+	flow = place ? flow_at(place - 1) : NULL;
+	if (!flow || !view.alive || !flow_allowed(flow, &view, &inside, slot, view.direction, false, answer))
 		return false;
 	answer->identity = FW_NO_RULE; /* an error about a flow is no packet of its rule */
 	answer->reason = FW_BY_RELATED;

@@ -9,28 +9,8 @@
 
 #include "firewall.h"
 
-struct inner_slot {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__uint(key_size, sizeof(__u32)); /* sizes, not types: clang leaves types that only inner maps name undefined */
-	__uint(value_size, sizeof(struct fw_slot));
-};
-
-struct inner_sets4 {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(key_size, sizeof(struct fw_set_key4));
-	__uint(value_size, sizeof(struct fw_set_value));
-};
-
-struct inner_sets6 {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(key_size, sizeof(struct fw_set_key6));
-	__uint(value_size, sizeof(struct fw_set_value));
-};
+#define FW_HALF (1 << 20)
+#define FW_BUCKETS 4096
 
 struct inner_interfaces {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -39,26 +19,18 @@ struct inner_interfaces {
 	__uint(value_size, sizeof(__u64)); /* bits of the policy's interface patterns */
 };
 
+/* Both slots, one after the other. User space writes the idle one through a mapping, which no grace period guards: it waits for one
+ * (see `fence`) before it touches a slot that packets may still read. */
 struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, FW_SLOTS);
-	__type(key, __u32);
-	__array(values, struct inner_slot);
-} slots SEC(".maps");
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, FW_SLOTS * FW_HALF + FW_SLACK); /* user space sets its own when it loads */
+} arena SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, FW_SLOTS);
-	__type(key, __u32);
-	__array(values, struct inner_sets4);
-} sets4 SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, FW_SLOTS);
-	__type(key, __u32);
-	__array(values, struct inner_sets6);
-} sets6 SEC(".maps");
+/* Known to the verifier, which bounds every access to the arena by it. */
+const volatile struct fw_sizes sizes SEC(".rodata.sizes") = {.half = FW_HALF, .buckets = FW_BUCKETS, .weak = 1};
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
@@ -91,12 +63,29 @@ struct {
 	__type(value, struct fw_config);
 } config SEC(".maps");
 
+/* The connection table, see table.h: user space sets its own sizes when it loads, and reads it through mappings. */
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 65536);
-	__type(key, struct fw_flow_key);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FW_BUCKETS * FW_WAYS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32); /* bucket * FW_WAYS + way */
 	__type(value, struct fw_flow);
 } flows SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FW_BUCKETS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct fw_flow_tags);
+} flow_tags SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct fw_flow_seed);
+} flow_seed SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -114,7 +103,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, FW_MAX_COUNTERS);
+	__uint(max_entries, 8192); /* rule identities; user space sets its own when it loads */
 	__type(key, __u32);
 	__type(value, struct fw_counter);
 } counters SEC(".maps");
@@ -131,17 +120,30 @@ struct {
 	__uint(max_entries, 256 * 1024);
 } events SEC(".maps");
 
+/* Holds `fw_core`, which every TC entry goes on to. User space puts it there before any entry is attached; as map and place are
+ * constants, the kernel makes a plain jump of it. Each set has its own: the map is emptied when nobody holds it any more. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} core SEC(".maps");
+
 /* Takes no room; it makes the compiler describe every shared structure in BTF, where user space checks its own views. */
 const volatile struct {
 	__u32 layout;
 	struct fw_rule rule[0];
+	struct fw_entry4 entry4[0];
+	struct fw_entry6 entry6[0];
+	struct fw_tuple4 tuple4[0];
+	struct fw_tuple6 tuple6[0];
 	struct fw_slot slot[0];
-	struct fw_set_key4 set_key4[0];
-	struct fw_set_key6 set_key6[0];
-	struct fw_set_value set_value[0];
+	struct fw_set set[0];
 	struct fw_config config[0];
 	struct fw_flow_key flow_key[0];
 	struct fw_flow flow[0];
+	struct fw_flow_tags flow_tags[0];
+	struct fw_flow_seed flow_seed[0];
 	struct fw_counter counter[0];
 	struct fw_totals totals[0];
 	struct fw_event event[0];

@@ -54,7 +54,7 @@ enum packet_flag {
 };
 
 struct packet {
-	__u64 source[2];
+	__u64 source[2]; /* host order, the upper half first */
 	__u64 destination[2];
 	__u16 source_port; /* the identifier, for ICMP echo */
 	__u16 destination_port;
@@ -68,6 +68,8 @@ struct packet {
 	__u32 fragment_id;
 	__u32 length;
 	__u32 ifindex;
+	__u32 direction; /* here, so that no register is kept for it all the way */
+	__u32 number; /* TCP: with SYN, the one that acknowledges it; else the one that it acknowledges */
 };
 
 struct ethernet {
@@ -99,8 +101,8 @@ struct ipv6 {
 	__be16 payload;
 	__u8 next;
 	__u8 hop_limit;
-	__u64 source[2];
-	__u64 destination[2];
+	__be64 source[2];
+	__be64 destination[2];
 };
 
 struct extension {
@@ -143,7 +145,13 @@ struct icmp {
 static __always_inline void map_ipv4(__u64 *into, const __u8 *address)
 {
 	into[0] = 0;
-	into[1] = (__u64)bpf_htonl(0xffff) | (__u64)*(const __u32 *)address << 32;
+	into[1] = 0xffffull << 32 | bpf_ntohl(*(const __be32 *)address);
+}
+
+static __always_inline void read_ipv6(__u64 *into, const __be64 *address)
+{
+	into[0] = bpf_be64_to_cpu(address[0]);
+	into[1] = bpf_be64_to_cpu(address[1]);
 }
 
 static __always_inline bool carries_ports(__u8 protocol)
@@ -191,6 +199,7 @@ static __always_inline void parse_tcp(struct tcp *tcp, struct packet *packet)
 	packet->source_port = bpf_ntohs(tcp->source);
 	packet->destination_port = bpf_ntohs(tcp->destination);
 	packet->tcp_flags = tcp->flags;
+	packet->number = tcp->flags & TCP_SYN ? bpf_ntohl(tcp->sequence) + 1 : bpf_ntohl(tcp->acknowledgement);
 	packet->flags |= HAS_PORTS;
 }
 
@@ -392,10 +401,8 @@ static __always_inline enum fw_parsed parse_ipv6(void *context, bool xdp, void *
 		return FW_TRUNCATED;
 	packet->family = 6;
 	packet->protocol = ip->next;
-	packet->source[0] = ip->source[0];
-	packet->source[1] = ip->source[1];
-	packet->destination[0] = ip->destination[0];
-	packet->destination[1] = ip->destination[1];
+	read_ipv6(packet->source, ip->source);
+	read_ipv6(packet->destination, ip->destination);
 	if (ip->hop_limit == 255)
 		packet->flags |= HOP_LIMIT_255;
 	if (ip->hop_limit == 1)
@@ -410,8 +417,10 @@ static __always_inline enum fw_parsed parse_ipv6(void *context, bool xdp, void *
 static __always_inline enum fw_parsed parse(void *context, bool xdp, void *data, void *end, __u32 offset, __u32 wire,
 					    bool network, struct packet *packet)
 {
+	const __u32 first = offset; /* a constant */
 	void *at = data;
 	__be16 type;
+	__u32 left;
 	int i;
 
 	packet->length = wire;
@@ -428,7 +437,6 @@ static __always_inline enum fw_parsed parse(void *context, bool xdp, void *data,
 			return FW_TRUNCATED;
 		type = ethernet->type;
 		at = ethernet + 1;
-		wire -= sizeof(*ethernet);
 		offset += sizeof(*ethernet);
 #pragma unroll
 		for (i = 0; i < FW_MAX_VLANS; i++) {
@@ -440,14 +448,14 @@ static __always_inline enum fw_parsed parse(void *context, bool xdp, void *data,
 				return FW_TRUNCATED;
 			type = vlan->type;
 			at = vlan + 1;
-			wire -= sizeof(*vlan);
 			offset += sizeof(*vlan);
 		}
 	}
+	left = *(volatile __u32 *)&packet->length - (offset - first);
 	if (type == bpf_htons(ETH_IPV4))
-		return parse_ipv4(at, end, offset, wire, packet);
+		return parse_ipv4(at, end, offset, left, packet);
 	if (type == bpf_htons(ETH_IPV6))
-		return parse_ipv6(context, xdp, at, end, offset, wire, packet);
+		return parse_ipv6(context, xdp, at, end, offset, left, packet);
 	if (type == bpf_htons(ETH_ARP))
 		return FW_ESSENTIAL;
 	return FW_UNPARSED;

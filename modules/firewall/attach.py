@@ -41,6 +41,10 @@ class Attachments:
         self._wanted = tuple(wanted)
         self._links: dict[int, XdpLink] = {}
 
+    def move(self, pins: Pins) -> None:
+        """Go on with the pins of another size."""
+        self._pins = pins
+
     def devices(self) -> list[Device]:
         """The devices that are to be covered now. Raises Refused."""
         try:

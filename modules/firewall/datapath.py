@@ -7,23 +7,27 @@ word, with a deadline: unconfirmed by then, the programs themselves judge by the
 from __future__ import annotations
 
 import ctypes as ct
-import struct
+import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from loopback.bpf import layout, loader, rtnl
+from loopback.bpf import layout, rtnl
 from loopback.bpf.loader import Map
+from loopback.contracts.abi import Connection
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import compile as compiler
-from loopback.modules.firewall import packets
-from loopback.modules.firewall.attach import Attachment, Attachments
+from loopback.modules.firewall import counting, live, packets
+from loopback.modules.firewall import flows as tracking
+from loopback.modules.firewall.attach import Attachment
 from loopback.modules.firewall.clock import jiffies_per_second
+from loopback.modules.firewall.holding import Holding, digest_bytes
 from loopback.modules.firewall.model import Action, Direction, FirewallPolicy, Packet
 from loopback.modules.firewall.packets import Verdict
-from loopback.modules.firewall.pins import Pins
-from loopback.modules.firewall.store import SlotRecord, Store, Trial
+from loopback.modules.firewall.slots import fill_interfaces
+from loopback.modules.firewall.store import Promoted, SlotRecord, Trial
 
 ADOPTION_S: Final = (
     300  # after it is first switched on, TCP connections that were there before are taken over
@@ -34,10 +38,11 @@ _TIMEOUTS: Final = {
     "timeout_syn": 60, "timeout_established": 86400, "timeout_closing": 60, "timeout_udp": 30,
     "timeout_udp_replied": 180, "timeout_icmp": 30, "timeout_other": 600, "timeout_fragment": 30, "touch": 1,
 }  # fmt: skip
-_BATCH: Final = 65536  # entries per update of a trie
+
+log = logging.getLogger("loopback.firewall")
 
 
-class Datapath:
+class Datapath(Holding):
     """One firewall. `root` is its folder in a bpf file system, None for a private one that touches no packet."""
 
     def __init__(
@@ -48,25 +53,24 @@ class Datapath:
         state_dir: Path | None = None,
         interfaces: Sequence[str] = ("*",),
         flows: int | None = None,
+        half: int | None = None,
         boot_ns: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        random: Callable[[int], bytes] = os.urandom,
+        memory: compiler.Memory | None = None,
     ) -> None:
-        """Open what is pinned, or make it. `data` is the object file. Raises Refused; nothing is enforced before a commit."""
+        """Open what is pinned, or make it. `data` is the object file. Raises Refused; nothing is enforced before a commit.
+
+        `half` is the room of a slot in bytes, a power of two, to begin with; it grows with the policies.
+        `memory` is what the compiler remembers already.
+        """
         self._boot_ns = boot_ns
-        self._store = Store(state_dir)
-        self._pins = Pins(root, data)
-        self._loaded, there = self._pins.open(flows)
-        self._maps, self._programs = self._loaded.maps, self._loaded.programs
-        self._hooks = Attachments(self._pins, interfaces if root else ())
-        self._inner: dict[str, Map] = {}
+        super().__init__(data, root, state_dir, interfaces if root else (), flows, half, random)
+        self._memory = memory or compiler.Memory()
         self._staged: int | None = None  # epochs
         self._committed: int | None = None
-        self.attachments: list[Attachment] = []
+        self._policy: tuple[int, FirewallPolicy] | None = None  # what was staged last, by epoch
         self.adopted = False
-        if root:
-            self._hooks.adopt()
-            if there:
-                self._adopt_slots()
-        self._configure(there)
+        self._configure()
         if root:
             self._adopt_hooks()
 
@@ -76,10 +80,6 @@ class Datapath:
     def tick(self) -> int:
         """The deadline's clock now."""
         return int(self._boot_ns() // _TICK_NS)
-
-    def word(self) -> tuple[int, int, int]:
-        """(epoch, fallback, deadline in ticks) of the active word."""
-        return layout.split_word(self._maps["active"].load_word())
 
     @property
     def generation(self) -> int:
@@ -101,7 +101,7 @@ class Datapath:
     def _record(self, epoch: int) -> SlotRecord | None:
         if not epoch:
             return None
-        head = self._head(epoch & 1)
+        head = self._slots.head(epoch & 1)
         if head is None or head.epoch & 0xFFFF != epoch:
             return None
         record = self._store.slots.get(epoch & 1)
@@ -110,20 +110,7 @@ class Datapath:
         # The state folder was lost: the kernel still knows which policy it is.
         return SlotRecord(epoch=head.epoch, digest=bytes(head.digest).hex())
 
-    def _head(self, index: int) -> layout.SlotHead | None:
-        inner = self._inner.get(f"slot-{index}")
-        data = inner.lookup(bytes(4)) if inner else None
-        return layout.SlotHead.from_buffer_copy(data) if data else None
-
     # ── start ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _adopt_slots(self) -> None:
-        for index in range(layout.SLOTS):
-            for kind in ("slot", "sets4", "sets6", "interfaces"):
-                name = f"{kind}-{index}"
-                inner = self._pins.inner(name)
-                if inner is not None:
-                    self._inner[name] = inner
 
     def _adopt_hooks(self) -> None:
         trial = self._store.trial
@@ -136,24 +123,17 @@ class Datapath:
         self.adopted = self._in_charge() == self._pins.name and self.generation != 0
         if self.adopted:
             self.attachments = self._hooks.put(self._programs)
+            if not any(one.problem for one in self.attachments):
+                if self._pins.others():
+                    self._slots.wait()  # a packet in an entry of theirs needs their core
+                self._pins.forget_others(versions=False)
 
-    def _in_charge(self) -> str:
-        """Whose programs guard the devices: ours, unless another version's do, which then hold until a commit."""
-        others = self._others_live()
-        ours = self._pins.program_sets().get(self._pins.name, set()) & self._hooks.live()
-        return others[0] if others and not ours else self._pins.name
-
-    def _others_live(self) -> list[str]:
-        live = self._hooks.live()
-        return [n for n, ids in self._pins.program_sets().items() if n != self._pins.name and ids & live]
-
-    def _configure(self, there: bool) -> None:
-        """Write the timeouts in jiffies, whose rate only the kernel knows."""
-        rate = jiffies_per_second(self._clock)
-        before = self._maps["config"].lookup(bytes(4)) if there else None
-        adopt = layout.Config.from_buffer_copy(before).adopt_until if before else 0
-        self._write_config(rate, adopt)
-        self._rate = rate
+    def _configure(self) -> None:
+        """Write the timeouts in jiffies, whose rate only the kernel knows. What another version enforces by is left alone."""
+        self._rate = jiffies_per_second(self._clock)
+        before = layout.Config.from_buffer_copy(self._maps["config"].lookup(bytes(4)) or b"")
+        if not before.timeout_syn or self._pins.root is None or self._in_charge() == self._pins.name:
+            self._write_config(self._rate, before.adopt_until)
 
     def _write_config(self, rate: int, adopt_until: int) -> None:
         values = {name: seconds * rate for name, seconds in _TIMEOUTS.items()}
@@ -176,76 +156,47 @@ class Datapath:
             raise Refused(
                 Code.MODULE_ABI, "a committed policy waits for its confirmation", "confirm or revert it first"
             )
-        identities = compiler.assign(self._identities(), [rule.name for rule in policy.rules])
-        compiled = compiler.compile_policy(policy, identities, _digest_bytes(digest))
-        self._clear_counters(identities)
-        self._store.set_identities(identities)
-        self._base_for_other_layout()
-        epoch = self._write(compiled, policy, digest)
-        self._staged = None
+        self._slots.begin()
+        others = self._others_live() if self._in_charge() != self._pins.name else []
+        if others:
+            self._store.read()  # its process may have changed it
+        names = tuple(rule.name for rule in policy.rules)
+        counters = self._pins.counters
+        if len(names) > counters:
+            counters = layout.counters_for(len(names))
+        identities = self._store.identities
+        if counters != self._pins.counters or not identities.keys() >= set(names):
+            identities = compiler.assign(self._identities(), names, counters)
+        compiled = compiler.compile_policy(
+            policy, identities, digest_bytes(digest), self._memory, layout.MAX_HALF
+        )
+        half = self._half_for(len(compiled.slot))
+        if (half, counters) != (self._pins.half, self._pins.counters):
+            self._grow(half, counters)
+        if identities is not self._store.identities:
+            self._clear_counters(identities)
+            self._store.set_identities(identities)
+        if others:
+            self._take_base(others[0])
+        epoch = self._write(compiled, digest, self._next_epoch())
+        self._staged, self._policy = None, (epoch, policy)
         self.prove(policy, epoch & 1)
         self._staged = epoch
-        return {"generation": str(epoch), "rules": str(len(policy.rules)), "entries": str(compiled.entries)}
+        return {"generation": str(epoch), "rules": str(len(names)), "entries": str(compiled.entries)}
 
     def _identities(self) -> dict[str, int]:
         """Counters by rule, those of the policy in force last: where room is short, others are given up first."""
         record = self._record(self.generation)
-        names = {rule.name for rule in record.policy.rules} if record and record.policy else set()
+        names = set(record.names) if record else set()
         return dict(sorted(self._store.identities.items(), key=lambda item: item[0] in names))
 
     def _clear_counters(self, identities: dict[str, int]) -> None:
         """A rule that gets the counter of one that was given up begins at nothing."""
         given_up = {slot for name, slot in self._store.identities.items() if name not in identities}
-        nothing = bytes(ct.sizeof(layout.Counter) * loader.possible_cpus())
-        for slot in given_up & set(identities.values()):
-            self._maps["counters"].update(struct.pack("=I", slot), nothing)
+        counting.forget(self._counted(), given_up & set(identities.values()))
 
-    def _write(self, compiled: compiler.Compiled, policy: FirewallPolicy, digest: str) -> int:
-        """Fill the idle slot. The epoch it got."""
-        active = self.word()[0]
-        index = (active & 1) ^ 1
-        epochs = [head.epoch for i in range(layout.SLOTS) if (head := self._head(i))]
-        epoch: int = max([*epochs, active, self._store.last_epoch]) + 1
-        while epoch & 1 != index or not epoch & 0xFFFF:
-            epoch += 1
-        slot = Map.create(loader.MAP_ARRAY, "slot", 4, ct.sizeof(layout.Slot), 1)
-        slot.update(bytes(4), compiled.with_epoch(epoch))
-        sets4 = _trie("sets4", layout.SetKey4, compiled.set_keys4, compiled.set_values4)
-        sets6 = _trie("sets6", layout.SetKey6, compiled.set_keys6, compiled.set_values6)
-        interfaces = Map.create(loader.MAP_HASH, "interfaces", 4, 8, 1024)
-        record = SlotRecord(epoch=epoch, digest=digest, interfaces=compiled.interfaces, policy=policy)
-        self._fill_interfaces(interfaces, record)
-        self._store.set_slot(index, record)
-        # A packet that read the word before the last commit may still be under way in this slot: wait for it, then replace.
-        self._maps["fence"].update_fd(0, interfaces)
-        self._maps["slots"].update_fd(index, slot)
-        self._maps["sets4"].update_fd(index, sets4)
-        self._maps["sets6"].update_fd(index, sets6)
-        self._maps["interfaces"].update_fd(index, interfaces)
-        for name, inner in (
-            (f"slot-{index}", slot),
-            (f"sets4-{index}", sets4),
-            (f"sets6-{index}", sets6),
-            (f"interfaces-{index}", interfaces),
-        ):
-            self._pins.replace(name, inner)
-            if name in self._inner:
-                self._inner[name].close()
-            self._inner[name] = inner
-        return epoch
-
-    def _base_for_other_layout(self) -> None:
-        """Programs of another layout enforce: give our fresh maps their policy, so that a fallback is not "nothing"."""
-        base = self._store.promoted
-        if self.word()[0] or base is None or base.policy is None or not self._others_live():
-            return
-        identities = self._store.identities | compiler.assign(
-            self._store.identities, [rule.name for rule in base.policy.rules]
-        )
-        compiled = compiler.compile_policy(base.policy, identities, _digest_bytes(base.digest))
-        epoch = self._write(compiled, base.policy, base.digest)
-        self._write_config(self._rate, self.tick + ADOPTION_S * 10**9 // _TICK_NS)
-        self._maps["active"].store_word(layout.active_word(epoch))
+    def _counted(self) -> list[Map]:
+        return [self._maps["counters"], *self._set.past]
 
     def prove(self, policy: FirewallPolicy, index: int) -> None:
         """Run the policy's own tests through the real program on a slot. Raises Refused(POLICY_TEST_FAILED)."""
@@ -263,6 +214,46 @@ class Datapath:
                     "correct the rules or the test",
                 )
 
+    def prove_live(self, control: Iterable[Connection], ports: Sequence[int]) -> None:
+        """Run the live management flows through the real program on the staged slot: the agent's own connections, and the
+        sessions of operators at `ports`. What passes no covered device is left out.
+
+        Raises Refused(POLICY_TEST_FAILED) naming the flow that would end; then nothing is staged. KERNEL_UNSUPPORTED where
+        the kernel cannot be asked for them.
+        """
+        if self._staged is None:
+            raise Refused(Code.MODULE_ABI, "nothing is staged")
+        slot, staged = self._staged & 1, self._staged
+        self._staged = None
+        try:
+            found = [(one, Direction.EGRESS) for one in control]
+            found += [(one, Direction.INGRESS) for one in live.sessions(ports)]
+            covered = {device.index: device.name for device in self._hooks.devices()}
+            placed = [(one, begun, covered.get(live.device_of(one))) for one, begun in found]
+        except OSError as error:
+            raise Refused(
+                Code.KERNEL_UNSUPPORTED, f"kernel: cannot list connections: {error.strerror}"
+            ) from None
+        for one, begun, device in placed:
+            if device is None:
+                continue
+            with memoryview(self._maps["flows"].memory()) as entries:
+                flow = live.flow_of(one, entries, self._clock().jiffies, self._rate, {})
+            asked = live.packets(one, begun, device, flow, covered)
+            for packet, verdict in zip(asked, self.explain(asked, slot=slot), strict=True):
+                if verdict.action is not Action.ACCEPT:
+                    whose = "this host's connection to the control plane"
+                    if begun is Direction.INGRESS:
+                        whose = f"a session at port {one.local_port}"
+                    why = f"rule {verdict.rule!r}" if verdict.rule else f"the {verdict.reason}"
+                    raise Refused(
+                        Code.POLICY_TEST_FAILED,
+                        f"{whose} would end: {why} drops {packet.direction.name.lower()} {packet.src} port {packet.sport} → "
+                        f"{packet.dst} port {packet.dport} on {packet.iface or 'its device'}",
+                        "allow it by a rule; a session that is meant to end has to be closed first",
+                    )
+        self._staged = staged
+
     # ── commit, confirm, revert ───────────────────────────────────────────────────────────────────────────────────────────
 
     def commit(self, trial_s: float) -> None:
@@ -274,38 +265,35 @@ class Datapath:
         if self._staged is None:
             raise Refused(Code.MODULE_ABI, "nothing is staged")
         epoch, before = self._staged, self.word()[0]
-        if epoch & 1 == before & 1 or not self._is_ours(epoch & 1):
+        if epoch & 1 == before & 1 or not self._slots.is_ours(epoch & 1):
             self._staged = None
             raise Refused(Code.MODULE_ABI, "another process has staged a policy since", "stage it again")
-        self._attach()
-        if before == 0:
-            self._write_config(self._rate, self.tick + ADOPTION_S * 10**9 // _TICK_NS)
+        self._attach(before)
         deadline = 0
         if trial_s > 0:
             deadline = -(-(self._boot_ns() + round(trial_s * 1e9)) // _TICK_NS)
         self._maps["active"].store_word(layout.active_word(epoch, before, deadline))
+        self._slots.disturb()
         self._staged, self._committed = None, epoch
         if not deadline:
             self._keep()
 
-    def _is_ours(self, index: int) -> bool:
-        """Whether the slot still holds what we wrote to it."""
-        pinned = self._pins.inner(f"slot-{index}")
-        if pinned is None:
-            return self._pins.root is None
-        pinned.close()
-        return pinned.id == self._inner[f"slot-{index}"].id
-
-    def _attach(self) -> None:
+    def _attach(self, before: int) -> None:
+        """Have our programs on every device, under the epoch that holds `before`."""
+        others = self._others_live() if self._pins.root else []
+        if others:
+            self._store.set_trial(Trial(old=others[0], new=self._pins.name))
+        if before == 0 or (others and not self._pins.shares(others[0], "flows", self._maps["flows"])):
+            self._write_config(self._rate, self.tick + ADOPTION_S * 10**9 // _TICK_NS)
         if self._pins.root is None:
             return
-        if others := self._others_live():
-            self._store.set_trial(Trial(old=others[0], new=self._pins.name))
         self.attachments = self._hooks.put(self._programs)
         failed = [a for a in self.attachments if a.problem]
         if failed:
             self._put_back()
             raise Refused(Code.KERNEL_REFUSED, f"kernel: device {failed[0].device}: {failed[0].problem}")
+        if others:
+            self._slots.wait()  # a packet may be under way in a program whose slots know nothing of the new epoch
 
     def confirm(self) -> None:
         """Keep what was committed. Raises Refused(HOST_UNCONFIRMED) when the deadline has passed: it holds no more."""
@@ -323,10 +311,19 @@ class Datapath:
 
     def _keep(self) -> None:
         record = self._record(self.word()[0])
-        if record is not None:
-            self._store.set_promoted(record)
         self._store.set_trial(None)
         self._pins.forget_others()
+        if record is not None and self._policy is not None and self._policy[0] == record.epoch:
+            kept = Promoted(epoch=record.epoch, digest=record.digest, policy=self._policy[1])
+            self._threads.submit(
+                self._promote, kept
+            )  # ten thousand rules take 10 ms, and nobody waits for them
+
+    def _promote(self, kept: Promoted) -> None:
+        try:
+            self._store.set_promoted(kept)
+        except OSError as error:
+            log.warning("the policy in force could not be kept for a later release: %s", error.strerror)
 
     def revert(self) -> None:
         """Return to what held before the commit; harmless when nothing is on trial. Raises Refused(KERNEL_*)."""
@@ -367,9 +364,9 @@ class Datapath:
         holder = self._in_charge()
         if self._pins.root is not None and (self.word()[0] or holder != self._pins.name):
             for index in range(layout.SLOTS):
-                inner, record = self._inner.get(f"interfaces-{index}"), self._store.slots.get(index)
+                inner, record = self._slots.interfaces(index), self._store.slots.get(index)
                 if inner is not None and record is not None:
-                    self._fill_interfaces(inner, record)
+                    fill_interfaces(inner, record.interfaces)
             if holder == self._pins.name:
                 self.attachments = self._hooks.put(self._programs)
             else:
@@ -380,17 +377,6 @@ class Datapath:
         """Devices that our programs do not guard, and wanted ones that do not exist. Raises Refused."""
         return self._hooks.covered(self._programs) + self._hooks.missing()
 
-    def _fill_interfaces(self, inner: Map, record: SlotRecord) -> None:
-        if not record.interfaces:
-            return
-        bits = {name: 1 << place for place, name in enumerate(record.interfaces)}
-        wanted = {device.index: bits[device.name] for device in rtnl.devices() if device.name in bits}
-        for key in list(inner.keys()):
-            if struct.unpack("=I", key)[0] not in wanted:
-                inner.delete(key)
-        for index, bit in wanted.items():
-            inner.update(struct.pack("=I", index), struct.pack("=Q", bit))
-
     # ── questions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def explain(self, asked: Iterable[Packet], *, slot: int | None = None) -> list[Verdict]:
@@ -398,56 +384,58 @@ class Datapath:
 
         Raises Refused(POLICY_INVALID) for a packet that cannot be.
         """
+        return self.explain_frames(map(packets.framed, asked), slot=slot)
+
+    def explain_frames(self, asked: Iterable[packets.Frame], *, slot: int | None = None) -> list[Verdict]:
+        """The same for frames as they were captured. Raises Refused(POLICY_INVALID) for one that is too long to ask about."""
         if slot is None:
             slot = self._staged & 1 if self._staged else layout.PROBE_ACTIVE
         record = self._store.slots.get((self.generation if slot == layout.PROBE_ACTIVE else slot) & 1)
-        names = [rule.name for rule in record.policy.rules] if record and record.policy else []
+        names = record.names if record else ()
         bits = {name: 1 << place for place, name in enumerate(record.interfaces if record else ())}
-        return [self._judge(packet, slot, names, bits.get(packet.iface, 0)) for packet in asked]
+        run = self._programs["fw_probe"].repeated(packets.MOST_ASKED)
+        found = []
+        for frame in asked:
+            probe = packets.answer(run(packets.asking(frame, slot, bits.get(frame.iface, 0))))
+            rule = names[probe.order] if probe.order < len(names) else None
+            found.append(Verdict(Action(probe.verdict), rule, layout.REASONS[probe.reason], probe.epoch))
+        return found
 
-    def _judge(self, packet: Packet, slot: int, names: Sequence[str], interfaces: int) -> Verdict:
-        try:
-            data = packets.frame(packet)
-        except (ValueError, struct.error) as error:
-            raise Refused(Code.POLICY_INVALID, f"packet {packet.src} → {packet.dst}: {error}") from None
-        state = layout.STATES.get(packet.state, layout.NEW)
-        given = packets.question(
-            data, slot=slot, direction=packet.direction, state=state, interfaces=interfaces
+    def flows(self) -> Iterator[tracking.Flow]:
+        """The live flows of the connection table."""
+        tags, entries = (memoryview(self._maps[name].memory()) for name in ("flow_tags", "flows"))
+        return tracking.read(tags, entries, self._clock().jiffies, self._rate, self.rule_names())
+
+    def diff(self) -> list[tracking.Change]:
+        """Which live flows the staged policy would judge otherwise than the one in force, by the rules that do.
+
+        Every flow's first packet runs through the real program. Raises Refused(MODULE_ABI) when nothing is staged, KERNEL_*.
+        """
+        if self._staged is None:
+            raise Refused(Code.MODULE_ABI, "nothing is staged")
+        record, staged = self._record(self.generation), self._staged & 1
+        return tracking.changes(
+            self.flows() if record else (),
+            record.epoch if record else 0,
+            {device.index: device.name for device in rtnl.devices()},
+            lambda asked: self.explain(asked, slot=layout.PROBE_ACTIVE),
+            lambda asked: self.explain(asked, slot=staged),
         )
-        found = packets.answer(self._programs["fw_probe"].run(given)[1])
-        rule = names[found.order] if found.order < len(names) else None
-        return Verdict(Action(found.verdict), rule, layout.REASONS[found.reason], found.epoch)
 
     def counters(self) -> dict[str, tuple[int, int]]:
-        """(packets, bytes) of every rule that was ever counted, by name. They survive changes of policy."""
-        cpus = loader.possible_cpus()
-        size = ct.sizeof(layout.Counter)
-        found = {}
-        for name, identity in self._store.identities.items():
-            data = self._maps["counters"].lookup(struct.pack("=I", identity), size * cpus) or b""
-            each = [layout.Counter.from_buffer_copy(data, at) for at in range(0, len(data), size)]
-            found[name] = (sum(c.packets for c in each), sum(c.bytes for c in each))
-        return found
+        """(packets, bytes) of every rule that was ever counted, by name. They survive changes of policy, size and version."""
+        return counting.of_rules(self._counted(), self._store.identities)
 
     def totals(self) -> dict[str, int]:
-        """Packets by `direction.reason.verdict` (those that occurred), by `slot.<n>.<verdict>`, and the plain counters."""
-        size = ct.sizeof(layout.Totals)
-        data = self._maps["totals"].lookup(bytes(4), size * loader.possible_cpus()) or b""
-        found: dict[str, int] = {}
-        for at in range(0, len(data), size):
-            one = layout.Totals.from_buffer_copy(data, at)
-            for direction in Direction:
-                for place, reason in enumerate(layout.REASONS):
-                    for action in Action:
-                        name = f"{direction.name.lower()}.{reason}.{action.name.lower()}"
-                        found[name] = found.get(name, 0) + one.packets[direction][place][action]
-            for slot in range(layout.SLOTS):
-                for action in Action:
-                    name = f"slot.{slot}.{action.name.lower()}"
-                    found[name] = found.get(name, 0) + one.by_slot[slot][action]
-            for name in ("flows_created", "flows_failed", "revalidated", "past_deadline", "events_lost"):
-                found[name] = found.get(name, 0) + getattr(one, name)
-        return found
+        """Packets by `direction.reason.verdict`, by `slot.<n>.<verdict>`, and the plain counters."""
+        return counting.totals(self._maps["totals"])
+
+    def sample(self, one_in: int) -> None:
+        """Have the programs report one in so many packets for a shadow, 0 for none, until another policy is in force."""
+        for index in range(layout.SLOTS):
+            rate = one_in if self.generation and index == self.generation & 1 else 0
+            at = index * self._pins.half + layout.Slot.shadow.offset
+            ct.c_uint16.from_buffer(self._maps["arena"].memory(), at).value = min(rate, layout.MAX_SHADOW)
 
     @property
     def events(self) -> Map:
@@ -466,26 +454,3 @@ class Datapath:
         self._hooks.take_away()
         self._pins.remove()
         self._store.forget()
-
-    def close(self) -> None:
-        """Give descriptors back. What is pinned goes on enforcing."""
-        self._hooks.close()
-        for inner in self._inner.values():
-            inner.close()
-        self._inner.clear()
-        self._loaded.close()
-
-
-def _digest_bytes(digest: str) -> bytes:
-    """A policy's digest as the slot holds it."""
-    return bytes.fromhex(digest).ljust(32, b"\0")[:32]
-
-
-def _trie(name: str, key: type[ct.Structure], keys: bytes, values: bytes) -> Map:
-    size, width = ct.sizeof(key), ct.sizeof(layout.SetValue)
-    count = len(keys) // size
-    trie = Map.create(loader.MAP_LPM, name, size, width, count, loader.NO_PREALLOC)
-    for at in range(0, count, _BATCH):
-        end = min(at + _BATCH, count)
-        trie.update_batch(keys[at * size : end * size], values[at * width : end * width], end - at)
-    return trie

@@ -7,10 +7,14 @@ matching rule of a packet's direction decides; without one, the direction's defa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import Literal
 
 import msgspec
+
+from loopback.modules.firewall.prefixes import Prefix as Prefix
+from loopback.modules.firewall.prefixes import PrefixTable as PrefixTable
 
 
 class Direction(IntEnum):
@@ -25,14 +29,6 @@ class Action(IntEnum):
 
     DROP = 0
     ACCEPT = 1
-
-
-class Prefix(msgspec.Struct, frozen=True, order=True):
-    """An address prefix. `address` is an integer of 32 or 128 bits whose bits beyond `length` are zero."""
-
-    family: Literal[4, 6]
-    address: int
-    length: int
 
 
 class PortRange(msgspec.Struct, frozen=True, order=True):
@@ -101,9 +97,9 @@ class PacketTest(msgspec.Struct, frozen=True):
 
 
 class FirewallPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole policy. `sets` maps a name to its prefixes."""
+    """A whole policy. `sets` maps a name to its prefixes: tables, as the parser makes them, or what `PrefixTable.of` takes."""
 
     default: dict[Direction, Action]
-    sets: dict[str, tuple[Prefix, ...]] = {}
+    sets: Mapping[str, PrefixTable | tuple[Prefix, ...]] = {}
     rules: tuple[Rule, ...] = ()
     tests: tuple[PacketTest, ...] = ()

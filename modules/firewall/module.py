@@ -10,24 +10,26 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, TypeVar
 
-from loopback.bpf import rtnl
-from loopback.bpf.ring import Ring
+from loopback.bpf import layout, rtnl
 from loopback.contracts import abi
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.subjects import token
-from loopback.modules.firewall import events
+from loopback.modules.firewall import compile as compiler
+from loopback.modules.firewall import live
 from loopback.modules.firewall import policy as policies
 from loopback.modules.firewall.attach import Attachment
 from loopback.modules.firewall.datapath import Datapath
+from loopback.modules.firewall.pins import nothing_pinned
+from loopback.modules.firewall.watching import DEFAULT_SHADOW, Watch, summary
 from loopback.modules.sdk import Module, package_dir
 
 DEFAULT_BPF_ROOT: Final = "/sys/fs/bpf/loopback"
 OBJECT: Final = Path("bpf") / "firewall.bpf.o"
-EVENTS_PER_SECOND: Final = 50  # more sampled packets than that are counted and not sent
+MAX_SHADOW_S: Final = 20.0  # the agent waits 30 s for a stage, and a hundred thousand rules need some of them
 SETTLE_S: Final = 0.05  # after covering: a new device comes with a burst of messages
 
 T = TypeVar("T")
@@ -35,22 +37,29 @@ log = logging.getLogger("loopback.firewall")
 
 
 class FirewallModule(Module):
-    """Settings: `interfaces` (names or patterns, default every device but loopback), `bpf_root`, `flows` (table size)."""
+    """Settings: `interfaces` (names or patterns, default every device but loopback), `bpf_root`, `flows` (table size),
+    `management_ports` (of operators' sessions that no policy may cut, as text; default "22").
+
+    `shadow_s` (seconds, default 0): how long a staged policy judges live packets beside the one in force before its stage is
+    done, one in `shadow` of them (default 16). Its differences are in the answer, in `health` and in `metrics`.
+    """
 
     name: ClassVar[str] = "firewall"
 
     def __init__(self) -> None:
         super().__init__()
         self._datapath: Datapath | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._memory = compiler.Memory()
         self._problem: Refused | None = None
+        self._sessions: Sequence[int] = live.SSH
         self._lock = asyncio.Lock()
-        self._ring: Ring | None = None
+        self._watching = Watch(self.event, self._do)
+        self._shadow = (0.0, DEFAULT_SHADOW)  # seconds, one in so many
         self._monitor: socket.socket | None = None
         self._cover: asyncio.Task[None] | None = None
         self._staged: str | None = None
         self._committed: str | None = None
-        self._window: tuple[int, int] = (0, 0)  # second, events sent in it
-        self.unsent_events = 0
 
     async def configure(self, request: abi.Configure) -> None:
         """Open the datapath and take over what is pinned. What the kernel lacks is told by `health`, not raised."""
@@ -60,56 +69,53 @@ class FirewallModule(Module):
         interfaces = request.settings.get("interfaces", ["*"])
         wanted = interfaces if isinstance(interfaces, list) else [str(interfaces)]
         flows = request.settings.get("flows")
+        self._shadow = _shadow_of(request.settings)
+        ports = request.settings.get("management_ports")
+        if ports is not None:
+            self._sessions = _ports(ports)
         place = package_dir() / OBJECT
         try:
             data = place.read_bytes()
         except OSError as error:
             raise Refused(Code.PACKAGE_MALFORMED, f"cannot read {place}: {error.strerror}") from None
-        try:
-            self._datapath = await asyncio.to_thread(
-                Datapath,
-                data,
-                root=root,
-                state_dir=Path(request.state_dir),
-                interfaces=wanted,
-                flows=int(flows) if isinstance(flows, int) else None,
+        first = nothing_pinned(root)
+        self._opening = asyncio.create_task(
+            self._open(
+                lambda: Datapath(
+                    data,
+                    root=root,
+                    state_dir=Path(request.state_dir),
+                    interfaces=wanted,
+                    flows=int(flows) if isinstance(flows, int) else None,
+                    memory=self._memory,
+                ),
+                Path(request.state_dir),
             )
+        )
+        if first:
+            return  # nothing can be taken over: the policy may come while the programs are verified
+        await self._opened()
+        if self._problem is not None and self._problem.code is not Code.KERNEL_UNSUPPORTED:
+            raise self._problem
+
+    async def _open(self, make: Callable[[], Datapath], state_dir: Path) -> None:
+        try:
+            datapath = await asyncio.to_thread(make)
         except Refused as problem:
-            if problem.code is not Code.KERNEL_UNSUPPORTED:
-                raise
             self._problem = problem
             return
-        self.adopted = self._datapath.adopted
-        self.policy = self._committed = self._datapath.digest
-        self._watch(self._datapath)
-
-    def _watch(self, datapath: Datapath) -> None:
-        loop = asyncio.get_running_loop()
-        names: dict[int, str] = {}
-
-        def on_record(record: bytes) -> None:
-            self._tell(record, names)
-
-        def on_ring() -> None:
-            names.clear()
-            names.update(datapath.rule_names())
-            if self._ring is not None:
-                self._ring.consume()
-
-        self._ring = Ring(datapath.events, on_record)
-        loop.add_reader(self._ring.fileno(), on_ring)
+        self._datapath = datapath
+        self.adopted = datapath.adopted
+        self.policy = self._committed = datapath.digest
+        self._watching.start(datapath, state_dir)
         self._monitor = rtnl.monitor()
-        loop.add_reader(self._monitor.fileno(), self._on_devices)
+        asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._on_devices)
 
-    def _tell(self, record: bytes, names: dict[int, str]) -> None:
-        second = int(asyncio.get_running_loop().time())
-        window, sent = self._window
-        sent = sent if window == second else 0
-        if sent >= EVENTS_PER_SECOND:
-            self.unsent_events += 1
-            return
-        self._window = (second, sent + 1)
-        self.event(events.PACKET, **events.decode(record, names))
+    async def _opened(self) -> Datapath | None:
+        """The datapath, once it is open."""
+        if self._opening is not None:
+            await asyncio.shield(self._opening)
+        return self._datapath
 
     def _on_devices(self) -> None:
         if self._monitor is not None:
@@ -144,15 +150,31 @@ class FirewallModule(Module):
 
     async def _do(self, work: Callable[[Datapath], T]) -> T:
         """Work with the datapath, alone, in a thread. Raises Refused, as it was at the start where there is none."""
-        if self._datapath is None:
+        datapath = await self._opened()
+        if datapath is None:
             raise self._problem or Refused(Code.MODULE_ABI, "the module is not configured")
         async with self._lock:
-            return await asyncio.to_thread(work, self._datapath)
+            return await asyncio.to_thread(work, datapath)
 
     async def stage(self, request: abi.Stage) -> dict[str, str]:
-        """Read, compile, write to the idle slot, run the policy's tests there. Raises Refused POLICY_*."""
+        """Read, compile, write to the idle slot, run the policy's tests and the live management flows there; let it be a shadow
+        where that is set.
+
+        Raises Refused POLICY_*.
+        """
         policy = await asyncio.to_thread(policies.parse, request.content, "policy.json")
+        self._staged = None
+        if self._opening is not None and not self._opening.done():
+            await asyncio.to_thread(compiler.foresee, policy, self._memory)
         detail = await self._do(lambda d: d.stage(policy, request.digest))
+        control = request.control
+        if control is not None:
+            await self._do(lambda d: d.prove_live(control, self._sessions))
+        seconds, one_in = self._shadow
+        if seconds > 0 and await self._do(lambda d: d.generation != 0 and d.digest != request.digest):
+            detail |= summary(await self._watching.shadow(seconds, one_in))
+            if control is not None:  # a session may have begun meanwhile
+                await self._do(lambda d: d.prove_live(control, self._sessions))
         self._staged = request.digest
         return detail
 
@@ -179,7 +201,7 @@ class FirewallModule(Module):
 
     async def revert(self, request: abi.Revert) -> None:
         """Back to what held before the commit."""
-        if self._datapath is None:
+        if await self._opened() is None:
             return
         self._staged = None
         await self._do(lambda d: d.revert())
@@ -190,7 +212,7 @@ class FirewallModule(Module):
 
     async def health(self) -> abi.HealthReport:
         """Enforcing only when every device is covered and the kernel's word names the policy that was committed."""
-        if self._datapath is None:
+        if await self._opened() is None:
             problem = self._problem
             return abi.HealthReport(
                 state="degraded",
@@ -209,6 +231,8 @@ class FirewallModule(Module):
         notes = "; ".join(f"{a.device}: {a.note}" for a in datapath.attachments if a.note)
         if notes:
             detail["notes"] = notes
+        if self._watching.report is not None:
+            detail |= summary(self._watching.report)
         if not generation:
             if self._committed is not None:
                 return _degraded(
@@ -228,7 +252,7 @@ class FirewallModule(Module):
 
     async def metrics(self) -> dict[str, float]:
         """Counters since the maps were made; per rule they survive policies and versions."""
-        if self._datapath is None:
+        if await self._opened() is None:
             return {}
         return await self._do(self._metrics)
 
@@ -237,7 +261,7 @@ class FirewallModule(Module):
         found: dict[str, float] = {
             "loopback_firewall_generation": datapath.generation,
             "loopback_firewall_trial": float(datapath.on_trial),
-            "loopback_firewall_events_unsent_total": self.unsent_events,
+            "loopback_firewall_events_unsent_total": self._watching.unsent_events,
             "loopback_firewall_dropped_packets_total": 0,
             "loopback_firewall_accepted_packets_total": 0,
         }
@@ -251,6 +275,11 @@ class FirewallModule(Module):
                     found[f"loopback_firewall_{direction}_{reason}_{word}_packets_total"] = value
             elif len(words) == 1:
                 found[f"loopback_firewall_{name}_total"] = value
+        report = self._watching.report
+        if report is not None:
+            found["loopback_firewall_shadow_judged_packets"] = report.judged
+            found["loopback_firewall_shadow_changed_packets"] = report.changed
+            found["loopback_firewall_shadow_unsure_packets"] = report.unsure
         for rule, (packets, size) in datapath.counters().items():
             found[f'loopback_firewall_rule_packets_total{{rule="{rule}"}}'] = packets
             found[f'loopback_firewall_rule_bytes_total{{rule="{rule}"}}'] = size
@@ -258,15 +287,13 @@ class FirewallModule(Module):
 
     async def stop(self, *, remove: bool) -> None:
         """End; with `remove` nothing of ours stays in the kernel."""
+        await self._opened()
         if self._cover is not None:
             self._cover.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._cover
+        await self._watching.stop()
         loop = asyncio.get_running_loop()
-        if self._ring is not None:
-            loop.remove_reader(self._ring.fileno())
-            self._ring.close()
-            self._ring = None
         if self._monitor is not None:
             loop.remove_reader(self._monitor.fileno())
             self._monitor.close()
@@ -280,6 +307,35 @@ class FirewallModule(Module):
                     await asyncio.to_thread(datapath.remove)
             finally:
                 datapath.close()
+
+
+def _shadow_of(settings: Mapping[str, object]) -> tuple[float, int]:
+    """Seconds and one in how many. Raises Refused(CONFIG_INVALID)."""
+    seconds, one_in = settings.get("shadow_s", 0), settings.get("shadow", DEFAULT_SHADOW)
+    if (
+        not isinstance(seconds, int | float)
+        or not 0 <= seconds <= MAX_SHADOW_S
+        or not isinstance(one_in, int)
+        or not 1 <= one_in <= layout.MAX_SHADOW
+    ):
+        raise Refused(
+            Code.CONFIG_INVALID,
+            f"shadow_s = {seconds!r}, shadow = {one_in!r}: 0 to {MAX_SHADOW_S:g} seconds, one in 1 to {layout.MAX_SHADOW}",
+            "correct the firewall's settings in host.toml; for longer, use 'loopback firewall shadow'",
+        )
+    return float(seconds), one_in
+
+
+def _ports(given: object) -> list[int]:
+    """Ports from the host's settings. Raises Refused(CONFIG_INVALID): a session that nobody looks after is found too late."""
+    texts = [str(one) for one in (given if isinstance(given, list) else [given])]
+    if not all(one.isascii() and one.isdecimal() and 0 < int(one) < 65536 for one in texts):
+        raise Refused(
+            Code.CONFIG_INVALID,
+            f"management_ports: {given!r} are not ports",
+            'for example management_ports = ["22"]',
+        )
+    return [int(one) for one in texts]
 
 
 def _degraded(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes as ct
-import ipaddress
+import socket
 import struct
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from loopback.bpf import layout
+from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall.model import Action, Direction, Packet
 
 TCP, UDP, ICMP, ICMPV6, DCCP, SCTP, UDPLITE = 6, 17, 1, 58, 33, 132, 136
@@ -18,6 +19,11 @@ _HOP_LIMIT: Final = (
     64  # below 255, so that neighbour discovery is judged by the rules and not let through as essential
 )
 _ETHERNET: Final = bytes.fromhex("020000000001020000000002")
+_ETHERNET4, _ETHERNET6 = _ETHERNET + b"\x08\x00", _ETHERNET + b"\x86\xdd"
+_HEAD4, _HEAD6 = struct.Struct(">BBHHHBBH4s4s"), struct.Struct(">IHBB16s16s")
+#: Bytes: the longest IP packet with its link header and tags. TEST_RUN takes 17 pages beside the first, which are more.
+LONGEST_FRAME: Final = 65535 + 22
+MOST_ASKED: Final = LONGEST_FRAME + ct.sizeof(layout.Probe)
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -29,22 +35,59 @@ class Verdict(msgspec.Struct, frozen=True):
     generation: int
 
 
+class Frame(NamedTuple):
+    """A frame to ask about: `data` begins with an Ethernet header, or with the IP header where `network` says so."""
+
+    data: bytes
+    direction: Direction = Direction.INGRESS
+    iface: str = ""
+    state: str = "new"
+    network: bool = False
+
+
 def frame(packet: Packet) -> bytes:
-    """The packet in an Ethernet frame. Raises ValueError for addresses of two families."""
-    source, destination = ipaddress.ip_address(packet.src), ipaddress.ip_address(packet.dst)
-    if source.version != destination.version:
+    """The packet in an Ethernet frame. Raises ValueError for addresses of two families, or what is no address."""
+    family = socket.AF_INET6 if ":" in packet.src else socket.AF_INET
+    if (":" in packet.dst) != (family == socket.AF_INET6):
         raise ValueError(f"{packet.src} and {packet.dst} are of different address families")
+    try:
+        source, destination = socket.inet_pton(family, packet.src), socket.inet_pton(family, packet.dst)
+    except OSError as error:
+        raise ValueError(str(error)) from None
     body = _transport(packet)
-    if source.version == 4:
-        head = struct.pack(
-            ">BBHHHBBH4s4s", 0x45, 0, 20 + len(body), 1, 0, _HOP_LIMIT, packet.protocol, 0,
-            source.packed, destination.packed,
-        )  # fmt: skip
-        return _ETHERNET + b"\x08\x00" + head + body
-    head = struct.pack(
-        ">IHBB16s16s", 6 << 28, len(body), packet.protocol, _HOP_LIMIT, source.packed, destination.packed
+    if family == socket.AF_INET:
+        head = _HEAD4.pack(0x45, 0, 20 + len(body), 1, 0, _HOP_LIMIT, packet.protocol, 0, source, destination)
+        return _ETHERNET4 + head + body
+    return (
+        _ETHERNET6 + _HEAD6.pack(6 << 28, len(body), packet.protocol, _HOP_LIMIT, source, destination) + body
     )
-    return _ETHERNET + b"\x86\xdd" + head + body
+
+
+def framed(packet: Packet) -> Frame:
+    """A packet with its frame made for it. Raises Refused(POLICY_INVALID) for one that cannot be."""
+    try:
+        return Frame(frame(packet), packet.direction, packet.iface, packet.state)
+    except (ValueError, struct.error) as error:
+        raise Refused(Code.POLICY_INVALID, f"packet {packet.src} → {packet.dst}: {error}") from None
+
+
+def asking(frame: Frame, slot: int, interfaces: int) -> bytes:
+    """The question for a frame. Raises Refused(POLICY_INVALID) for one that is too long."""
+    if len(frame.data) > LONGEST_FRAME:
+        raise Refused(
+            Code.POLICY_INVALID,
+            f"a frame of {len(frame.data)} bytes is longer than the {LONGEST_FRAME} that the kernel takes in a dry run",
+            "leave it out of the question",
+        )
+    state = layout.STATES.get(frame.state, layout.NEW)
+    return question(
+        frame.data,
+        slot=slot,
+        direction=frame.direction,
+        state=state,
+        interfaces=interfaces,
+        network=frame.network,
+    )
 
 
 def _transport(packet: Packet) -> bytes:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from loopback.modules.firewall import policy_fields as fields
-from loopback.modules.firewall.model import Direction, Packet, Prefix
+from loopback.modules.firewall.model import Direction, Packet, PrefixTable
 from loopback.modules.firewall.policy_fields import ICMP, ICMPV6, WITH_PORTS, Wrong
 from loopback.modules.firewall.policy_text import quote
+from loopback.modules.firewall.prefixes import read_texts
 
 VERSION: Final = 1
 MAX_RULES: Final = 100_000
@@ -170,13 +171,17 @@ def _labels(value: Any) -> dict[str, str]:
     return value
 
 
-def prefixes(value: Any) -> tuple[Prefix, ...]:
+def prefixes(value: Any) -> PrefixTable:
     """The prefixes of a set, which may be none."""
     if isinstance(value, list) and not value:
-        return ()
+        return PrefixTable()
     if isinstance(value, str) and value[:1] == "@":
         raise Wrong(f"{quote(value)}: sets do not nest", "name both sets where they are used")
-    return fields.many(value, fields.prefix, MAX_SET)
+    if isinstance(value, list) and len(value) <= MAX_SET:
+        all_right = read_texts(value)
+        if all_right is not None:
+            return all_right
+    return PrefixTable.of(fields.many(value, fields.prefix, MAX_SET))
 
 
 LABEL_SET: Final = {

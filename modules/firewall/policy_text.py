@@ -97,7 +97,10 @@ class Source:
                     place = Place(error.lineno, error.colno)
                     raise self.malformed(place, f"not JSON: {error.msg}") from None
             except _RepeatedKey:
-                mark, key = next(iter(repeated(self.text)))
+                found = next(iter(repeated(self.text)), None)
+                if found is None:  # it stands behind something that is nested deeper than anybody looks
+                    raise self.malformed(None, f"nested more than {MAX_DEPTH} deep") from None
+                mark, key = found
                 raise self.malformed(
                     mark, f"the key {quote(key)} is there twice", "keep one of them"
                 ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ MAX_EVENTS: Final = (
     256  # events waiting to be sent; older ones give way, so a slow agent never stops a module
 )
 STOP_S: Final = 5.0  # seconds that a module gets to end by itself once the agent has gone
+_PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 
 log = logging.getLogger("loopback.module")
 
@@ -92,6 +94,8 @@ def run(module: Module | type[Module]) -> None:
     number = os.environ.get(abi.FD_VARIABLE, "")
     if not number.isdigit():
         raise SystemExit(f"{abi.FD_VARIABLE} is not set: a module is started by the agent, not by hand")
+    # What a module holds in memory goes into no core file, also where a kernel pipes these past the limit that it has.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     with socket.socket(fileno=int(number)) as sock:
         sock.setblocking(False)
         asyncio.run(serve(module, sock))

@@ -1,0 +1,139 @@
+"""The connections by which a host is managed, as the kernel knows them, and what a staged policy would do to them.
+
+Sessions are found by NETLINK_SOCK_DIAG (sock_diag(7)), which needs no right and no file. Each is asked about twice: as the new
+connection that it would have to be after it broke, and as the flow that the connection table has of it, since a connection that
+was taken over may stand there the other way round.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from loopback.bpf import rtnl
+from loopback.contracts.abi import Connection
+from loopback.modules.firewall.flows import Flow, at_key, original
+from loopback.modules.firewall.model import Direction, Packet
+
+SSH: Final = (22,)  # where operators' sessions end, unless the host's settings say otherwise
+_SOCK_DIAG: Final = 4  # NETLINK_SOCK_DIAG
+_BY_FAMILY: Final = 20
+_DUMP: Final = 0x301  # a request for all
+_ESTABLISHED: Final = 1 << 1
+_TCP: Final = 6
+_REQUEST = struct.Struct(
+    "=BBBxI2s46x"
+)  # struct inet_diag_req_v2 up to the local port, by which the kernel filters
+_ANSWER = struct.Struct(">4x2H16s16s")  # struct inet_diag_msg up to the remote address
+_KEY = struct.Struct("=4Q2H2B2x")  # struct fw_flow_key
+_MAPPED: Final = bytes(10) + b"\xff\xff"
+
+
+def sessions(ports: Iterable[int]) -> Iterator[Connection]:
+    """The established TCP connections to these ports of this host. Raises OSError."""
+    for port in ports:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            request = _REQUEST.pack(family, _TCP, 0, _ESTABLISHED, struct.pack(">H", port))
+            for body in _dump(request):
+                here, there, local, remote = _ANSWER.unpack_from(body)
+                yield Connection(
+                    local=_text(family, local),
+                    local_port=here,
+                    remote=_text(family, remote),
+                    remote_port=there,
+                )
+
+
+def _text(family: int, address: bytes) -> str:
+    if family == socket.AF_INET:
+        return socket.inet_ntop(family, address[:4])
+    return plain(socket.inet_ntop(family, address))
+
+
+def plain(address: str) -> str:
+    """An address as packets have it: IPv4 where a socket of both families shows it mapped, and without a scope."""
+    address = address.split("%")[0]
+    if ":" not in address:
+        return address
+    data = socket.inet_pton(socket.AF_INET6, address)
+    if data.startswith(_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, data[12:])
+    return socket.inet_ntop(socket.AF_INET6, data)
+
+
+def _dump(request: bytes) -> Iterator[bytes]:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG) as asking:
+        asking.settimeout(5)
+        asking.bind((0, 0))
+        asking.send(struct.pack("=IHHII", 16 + len(request), _BY_FAMILY, _DUMP, 1, 0) + request)
+        while True:
+            data = asking.recv(1 << 18)
+            at = 0
+            while at + 16 <= len(data):
+                length, kind = struct.unpack_from("=IH", data, at)
+                if kind == 3:  # NLMSG_DONE
+                    return
+                if kind == 2:  # NLMSG_ERROR
+                    number = -struct.unpack_from("=i", data, at + 16)[0]
+                    raise OSError(number, "sock_diag")
+                yield data[at + 16 : at + length]
+                at += (length + 3) & ~3
+
+
+def packets(
+    connection: Connection, begun: Direction, device: str, flow: Flow | None, devices: Mapping[int, str]
+) -> list[Packet]:
+    """What a policy must accept, as new, for a connection to live: what began it, and what its flow is judged by."""
+    ours = (plain(connection.local), connection.local_port)
+    theirs = (plain(connection.remote), connection.remote_port)
+    source, destination = (ours, theirs) if begun is Direction.EGRESS else (theirs, ours)
+    found = [
+        Packet(
+            direction=begun,
+            src=source[0],
+            dst=destination[0],
+            protocol=_TCP,
+            sport=source[1],
+            dport=destination[1],
+            iface=device,
+        )
+    ]
+    for direction, side in flow.sides.items() if flow else ():
+        packet = original(flow, direction, devices.get(side.ifindex, "")) if flow else found[0]
+        if packet not in found:
+            found.append(packet)
+    return found
+
+
+def flow_of(
+    connection: Connection, entries: memoryview, now: int, rate: int, names: Mapping[int, str]
+) -> Flow | None:
+    """The connection's flow in a table, None where it has none."""
+    ends = sorted(
+        (_halves(_number(plain(address))), port)
+        for address, port in (
+            (connection.local, connection.local_port),
+            (connection.remote, connection.remote_port),
+        )
+    )
+    family = 6 if ":" in plain(connection.local) else 4
+    (low, low_port), (high, high_port) = ends
+    key = _KEY.pack(*low, *high, low_port, high_port, _TCP, family)
+    return at_key(key, entries, now, rate, names)
+
+
+def _number(address: str) -> int:
+    if ":" in address:
+        return int.from_bytes(socket.inet_pton(socket.AF_INET6, address))
+    return int.from_bytes(_MAPPED + socket.inet_pton(socket.AF_INET, address))
+
+
+def _halves(number: int) -> tuple[int, int]:
+    return number >> 64, number & 0xFFFFFFFFFFFFFFFF
+
+
+def device_of(connection: Connection) -> int:
+    """The number of the device that a connection's packets leave by, 0 where there is none. Raises OSError."""
+    return rtnl.device_to(plain(connection.remote), plain(connection.local))

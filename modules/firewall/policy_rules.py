@@ -1,0 +1,154 @@
+"""What the fields of a rule or of a set mean together: the checks that no single field can make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from loopback.modules.firewall import policy_fields as fields
+from loopback.modules.firewall.model import Action, Direction, Prefix, PrefixTable, Rule
+from loopback.modules.firewall.policy_fields import ICMP, ICMPV6, WITH_PORTS, Wrong
+from loopback.modules.firewall.policy_tables import LABEL_SET, read_table
+from loopback.modules.firewall.policy_text import quote
+
+Sets = Mapping[str, PrefixTable]
+_BOTH: Final = frozenset((4, 6))
+_FAMILY_OF: Final = {ICMP: 4, ICMPV6: 6}
+_FEW: Final = 16  # prefixes of a set that decide on its families; a longer one may be filled with the other
+
+
+def label_set(plain: dict[str, Any]) -> PrefixTable:
+    """A set that is described by labels, as far as it was filled. Raises Wrong."""
+    found = read_table(plain, LABEL_SET, "set by labels")
+    if "prefixes" not in found:
+        raise Wrong(
+            "sets by label are not available yet: nothing fills this one",
+            "list its addresses under 'prefixes', which are then held to 'within' and 'max'",
+        )
+    filled: PrefixTable = found["prefixes"]
+    listed = plain["prefixes"] if isinstance(plain["prefixes"], list) else [plain["prefixes"]]
+    if len(listed) > found["max"]:
+        raise Wrong(
+            f"{len(listed)} prefixes are more than the set's own max of {found['max']}", "", ("prefixes",)
+        )
+    if not all(any(_inside(prefix, outer) for outer in found["within"]) for prefix in filled):
+        for index, text in enumerate(listed):  # once more, in the order of the text
+            prefix = fields.prefix(text)
+            if not any(_inside(prefix, outer) for outer in found["within"]):
+                raise Wrong(
+                    f"{fields.show(prefix)} lies outside the set's own 'within'", "", ("prefixes", index)
+                )
+    return filled
+
+
+def _inside(prefix: Prefix, outer: Prefix) -> bool:
+    bits = 32 if prefix.family == 4 else 128
+    return (
+        prefix.family == outer.family
+        and prefix.length >= outer.length
+        and prefix.address >> (bits - outer.length) == outer.address >> (bits - outer.length)
+    )
+
+
+def rule(read: Mapping[str, Any], sets: Sets, line: int) -> Rule:
+    """A rule from its fields, once they make sense together; `line` is where it stands. Raises Wrong."""
+    protocols: tuple[int, ...] = read.get("proto", ())
+    for key in ("ports", "source_ports"):
+        if key in read and (not protocols or not WITH_PORTS.issuperset(protocols)):
+            given = ", ".join(fields.PROTOCOL_NAMES.get(p, str(p)) for p in protocols if p not in WITH_PORTS)
+            raise Wrong(
+                f"{given} has no ports" if given else "ports need a protocol that has them",
+                "write 'proto: tcp', 'proto: udp' or 'proto: [tcp, udp]'", (key,),
+            )  # fmt: skip
+    icmp: tuple[tuple[int, int | None], ...] = ()
+    if "icmp" in read:
+        if protocols not in ((ICMP,), (ICMPV6,)):
+            raise Wrong(
+                "types have other numbers in icmp and icmpv6, so the rule must name one of them",
+                "write 'proto: icmp' or 'proto: icmpv6', and one rule for each where both are meant", ("icmp",),
+            )  # fmt: skip
+        try:
+            icmp = fields.many(read["icmp"], lambda item: fields.icmp(item, protocols[0]))
+        except Wrong as error:
+            raise Wrong(error.message, error.hint, ("icmp", *error.path)) from None
+    if "limit" in read and read["action"] is not Action.ACCEPT:
+        raise Wrong(
+            "a rule that drops only so many packets lets the others on to later rules",
+            "drop without a limit, or limit the rule that accepts",
+            ("limit",),
+        )
+    sources, source_sets = _endpoints(read.get("from", ()), sets, "from")
+    destinations, destination_sets = _endpoints(read.get("to", ()), sets, "to")
+    made = Rule(
+        name=read["name"], direction=read.get("direction", Direction.INGRESS), sources=sources, source_sets=source_sets,
+        destinations=destinations, destination_sets=destination_sets, protocols=protocols, ports=read.get("ports", ()),
+        source_ports=read.get("source_ports", ()), icmp=icmp, states=read.get("state", frozenset()),
+        interfaces=read.get("iface", ()), action=read["action"], log_sample=read["log"]["sample"] if "log" in read else 0,
+        limit=read.get("limit"), line=line,
+    )  # fmt: skip
+    check_families(made, sets)
+    return made
+
+
+def _endpoints(
+    read: tuple[Prefix | str, ...], sets: Sets, key: str
+) -> tuple[tuple[Prefix, ...], tuple[str, ...]]:
+    if len(read) == 1 and isinstance(read[0], Prefix):
+        return (read[0],), ()
+    literal: list[Prefix] = []
+    named: list[str] = []
+    for index, item in enumerate(read):
+        if isinstance(item, Prefix):
+            literal.append(item)
+        elif item in sets:
+            named.append(item)
+        else:
+            known = ", ".join(list(sets)[:8]) or "none is defined"
+            raise Wrong(
+                f"there is no set {quote(item)}", fields.near(item, sets, "@") or f"sets: {known}",
+                (key, index) if len(read) > 1 else (key,),
+            )  # fmt: skip
+    return tuple(literal), tuple(dict.fromkeys(named))
+
+
+def set_families(prefixes: PrefixTable) -> frozenset[int]:
+    """The address families that a rule which names this set can match."""
+    return (
+        prefixes.families if 0 < len(prefixes) <= _FEW else _BOTH
+    )  # empty, or long: it may be filled with the other
+
+
+def check_families(rule: Rule, sets: Sets) -> None:
+    """Refuse a rule that can match nothing because its parts are of different address families. Raises Wrong."""
+    sources, destinations = rule.sources, rule.destinations
+    if len(sources) == 1 and len(destinations) == 1 and not rule.source_sets and not rule.destination_sets:
+        both = frozenset[int]((sources[0].family,)) & {destinations[0].family}
+    else:
+        both = _of(sources, rule.source_sets, sets) & _of(destinations, rule.destination_sets, sets)
+    if not both:
+        raise Wrong(
+            "'from' and 'to' are of different address families: nothing matches both",
+            "write one rule per family",
+            ("to",),
+        )
+    if (
+        len(rule.protocols) != 1
+        or rule.protocols[0] not in _FAMILY_OF
+        or _FAMILY_OF[rule.protocols[0]] in both
+    ):
+        return
+    number = rule.protocols[0]
+    other = fields.PROTOCOL_NAMES[ICMPV6 if number == ICMP else ICMP]
+    raise Wrong(
+        f"{fields.PROTOCOL_NAMES[number]} is IPv{_FAMILY_OF[number]}'s, and no address of this rule is",
+        f"write 'proto: {other}'",
+        ("proto",),
+    )
+
+
+def _of(prefixes: tuple[Prefix, ...], names: tuple[str, ...], sets: Sets) -> frozenset[int]:
+    if not prefixes and not names:
+        return _BOTH
+    return frozenset(prefix.family for prefix in prefixes).union(
+        *(set_families(sets[name]) for name in names)
+    )
