@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import ssl
 import tomllib
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -27,12 +25,18 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
+from loopback.cli import keyring
+from loopback.cli.home import default_home as default_home
+from loopback.cli.home import home as home
+from loopback.cli.home import invocation
+from loopback.cli.home import set_home as set_home
 from loopback.contracts import envelope, events, subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Command, Result
-from loopback.services._runtime.settings import read_identity
-from loopback.trust import blobs
+from loopback.services._runtime.settings import authority, read_identity
+from loopback.trust import blobs, tls
+from loopback.trust.repository import write_durably
 
 RESULT_TIMEOUT_S: Final = (
     30.0  # covers the eight seconds that a NATS leader election may take, and a service's restart
@@ -40,25 +44,6 @@ RESULT_TIMEOUT_S: Final = (
 COMMAND_VALIDITY: Final = timedelta(hours=1)
 BLOBS_IN_FLIGHT: Final = 8
 FETCH_S: Final = 5.0  # one wait for messages; a rollout that soaks says nothing for much longer
-
-_home: ContextVar[Path | None] = ContextVar("loopback_home", default=None)
-
-
-def default_home() -> Path:
-    """`$LOOPBACK_HOME`, else `loopback` below the XDG data folder."""
-    if found := os.environ.get("LOOPBACK_HOME"):
-        return Path(found)
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "loopback"
-
-
-def set_home(home: Path | None) -> None:
-    """Remember what `--home` said."""
-    _home.set(home)
-
-
-def home() -> Path:
-    """The installation's folder, absolute."""
-    return (_home.get() or default_home()).absolute()
 
 
 class Context(NamedTuple):
@@ -68,11 +53,12 @@ class Context(NamedTuple):
     url: str
     creds: Path
     operator_key: Path
+    ca: Path | None = None
 
     @property
     def key(self) -> SigningKey:
-        """The operator's signing key."""
-        return SigningKey.load(self.operator_key)
+        """The operator's signing key; an encrypted one asks for its passphrase once per invocation."""
+        return keyring.ring().open(self.operator_key)
 
 
 def load() -> Context:
@@ -94,7 +80,9 @@ def load() -> Context:
     missing = [name for name in ("url", "creds", "operator_key") if not isinstance(found.get(name), str)]
     if missing:
         raise Refused(Code.NAME_INVALID, f"{path}: the entry {missing[0]!r} is missing or no text")
-    return Context(base, found["url"], base / found["creds"], base / found["operator_key"])
+    ca = base / str(found["ca"]) if "ca" in found else authority(base)
+    key = invocation().operator_key
+    return Context(base, found["url"], base / found["creds"], key or base / found["operator_key"], ca)
 
 
 def save(base: Path, *, url: str, creds: str, operator_key: str) -> None:
@@ -104,6 +92,12 @@ def save(base: Path, *, url: str, creds: str, operator_key: str) -> None:
         for name, value in (("url", url), ("creds", creds), ("operator_key", operator_key))
     ]
     (base / "context.toml").write_text("\n".join(lines) + "\n")
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file that only its owner reads, whole or not at all, and durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, text.encode(), 0o600)
 
 
 def new_command_fields(workspace: str) -> dict[str, Any]:
@@ -141,7 +135,8 @@ class Session:
         """
         kind = str(command.__struct_config__.tag)
         subject = subjects.command(command.workspace, service, kind.replace(".", "-"))
-        data = envelope.seal_bytes(envelope.COMMAND, msgspec.json.encode(command), self.context.key)
+        key = await asyncio.to_thread(lambda: self.context.key)  # a person may be asked for a passphrase
+        data = envelope.seal_bytes(envelope.COMMAND, msgspec.json.encode(command), key)
         with operator_span(
             f"send {kind}", {"messaging.system": "nats", "cloudevents.event_id": command.id}
         ) as carrier:
@@ -272,6 +267,23 @@ class Session:
         finally:
             await subscription.unsubscribe()
 
+    async def blob(
+        self, sha256: str, size: int | None = None, *, max_size: int = blobs.MAX_IN_MEMORY
+    ) -> bytes:
+        """Content by its digest, verified: of exactly `size` bytes where that is known, else of `max_size` at most.
+
+        Raises Refused(BLOB_*, PACKAGE_TOO_LARGE).
+        """
+
+        async def get(subject: str) -> tuple[bytes, dict[str, str]] | None:
+            try:
+                found = await self.js.get_last_msg(subjects.STREAM_BLOBS, subject)
+            except nats.js.errors.NotFoundError:
+                return None
+            return found.data or b"", dict(found.headers or {})
+
+        return await blobs.read(get, sha256, max_size=max_size if size is None else size, size=size)
+
     async def put_blob(self, data: bytes) -> str:
         """Store content under its SHA-256, chunk by chunk; what is already there is left as it is."""
         digest = hashlib.sha256(data).hexdigest()
@@ -324,7 +336,7 @@ async def connect(context: Context | None = None) -> AsyncIterator[Session]:
         max_reconnect_attempts=3,
         allow_reconnect=True,
         error_cb=quiet,
-        tls=ssl.create_default_context() if context.url.startswith("tls:") else None,
+        **tls.options(context.url, context.ca),
     )
     try:
         yield Session(context, nc)

@@ -5,37 +5,38 @@ stream named here; what they may *write* is what protects the others. Hosts can 
 streams. The broker does not check reply subjects, so nobody trusts a message for where it came from: commands, desired
 states and reports are signed.
 
-JWTs are version 2 with `alg: ed25519-nkey`, as the server's own tools make them.
+Who vouches for whom: the operator's key signs the account, whose JWT holds one signing key for each role, with the role's
+permissions; a role's key signs its users. `keys/nats` has all of these keys and is needed only here. Eligibility gets the two
+that it issues with in a file of its own, `creds/eligibility.issuer` (ADR 0014).
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import nkeys
 
 from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refused
-from loopback.services._runtime.settings import read_identity
+from loopback.contracts.keys import SigningKey
+from loopback.services._runtime.settings import Issuer, read_identity
+from loopback.trust import natsjwt
+from loopback.trust.repository import write_durably
 
 ACCOUNT: Final = "LOOPBACK"
 ADMIN: Final = "admin"
 OPERATOR: Final = "operator"
 USERS: Final = (ADMIN, OPERATOR, *subjects.SERVICES)
 
-_UNLIMITED: Final = {"subs": -1, "data": -1, "payload": -1}
-_PREFIX: Final = {
-    "operator": nkeys.PREFIX_BYTE_OPERATOR,
-    "account": nkeys.PREFIX_BYTE_ACCOUNT,
-    "user": nkeys.PREFIX_BYTE_USER,
-}
+_QUESTIONS: Final = ("PING", "INFO", "STATS")  # NATS's own, to any service
+#: How long a host's credentials count. A host asks for new ones from half of it on, so it may be away for two weeks; and
+#: a key that was thrown away is worth nothing after a month, whoever finds it.
+HOST_VALID: Final = timedelta(days=30)
+#: A revocation for good: NATS compares it with the time at which a JWT was issued, so that no later one counts either.
+FOR_GOOD: Final = datetime(9999, 12, 31, tzinfo=UTC)
 
 
 class Permissions(msgspec.Struct, frozen=True):
@@ -70,41 +71,27 @@ def _reads(*streams: str) -> tuple[str, ...]:
     )
 
 
-def _shares(stream: str) -> tuple[str, ...]:
-    """Acknowledging work on this stream."""
-    return (f"$JS.ACK.{stream}.>",)
-
-
-def _commands(service: str) -> tuple[str, ...]:
-    """A service's own commands: its one durable consumer, and no other's."""
-    stream, durable = subjects.STREAM_COMMANDS, f"{service}-commands"
-    return (
-        f"$JS.API.CONSUMER.CREATE.{stream}.{durable}",
-        f"$JS.API.CONSUMER.CREATE.{stream}.{durable}.>",
-        f"$JS.API.CONSUMER.INFO.{stream}.{durable}",
-        f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}",
-        f"$JS.ACK.{stream}.{durable}.>",
-        f"$JS.API.STREAM.INFO.{stream}",
-        "lb.ws.*.result.*",
-    )
+def _shares(service: str) -> tuple[str, ...]:
+    """Acknowledging the work that its replicas share."""
+    return tuple(f"$JS.ACK.*.{durable}.>" for durable in subjects.DURABLES[service])
 
 
 def _others(service: str, *streams: str) -> tuple[str, ...]:
-    """What `*` in the place of a workspace's stream would let in: other services' commands, and these streams."""
+    """What `*` in the place of a workspace's stream would let in: the consumers of other services' work, and these streams."""
     kinds = ("$JS.API.CONSUMER.CREATE", "$JS.API.CONSUMER.INFO", "$JS.API.CONSUMER.MSG.NEXT")
     denied: list[str] = []
-    for other in (*subjects.SERVICES, OPERATOR):
+    for other, durables in subjects.DURABLES.items():
         if other != service:
-            denied += [f"{kind}.{subjects.STREAM_COMMANDS}.{other}-commands" for kind in kinds]
-            denied += [f"{kind}.{subjects.STREAM_COMMANDS}.{other}-commands.>" for kind in kinds]
-            denied += [f"$JS.ACK.{subjects.STREAM_COMMANDS}.{other}-commands.>"]
-    for stream in streams:
-        denied += [f"{kind}.{stream}.>" for kind in kinds]
-        denied += [f"$JS.ACK.{stream}.>"]
+            for durable in durables:
+                denied += [f"{kind}.*.{durable}" for kind in kinds]
+                denied += [f"$JS.API.CONSUMER.CREATE.*.{durable}.>", f"$JS.ACK.*.{durable}.>"]
+    denied += [subject for stream in streams for subject in _reads(stream)]
     return tuple(denied)
 
 
-def _service(name: str, *publish: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _service(
+    name: str, *publish: str, subscribe: tuple[str, ...] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What every service may do: read trust and content, keep its journal, and answer NATS's own service questions."""
     return (
         (
@@ -117,7 +104,12 @@ def _service(name: str, *publish: str) -> tuple[tuple[str, ...], tuple[str, ...]
             f"_INBOX.{ADMIN}.>",
             *publish,
         ),
-        (f"_INBOX.{name}.>", "$SRV.*", f"$SRV.*.{name}", f"$SRV.*.{name}.*"),
+        (
+            f"_INBOX.{name}.>",
+            # Word by word: the server takes a subscription to `$SRV.>` for one that `$SRV.*` allows.
+            *(f"$SRV.{word}{of}" for word in _QUESTIONS for of in ("", f".{name}", f".{name}.*")),
+            *subscribe,
+        ),
     )
 
 
@@ -137,7 +129,6 @@ def permissions() -> dict[str, Permissions]:
                 "$JS.API.INFO",
                 "$JS.API.STREAM.NAMES",
                 "$JS.API.STREAM.LIST",
-                "$JS.FC.>",
                 "$SRV.>",
             ),
             (f"_INBOX.{OPERATOR}.>", "lb.ws.>", "lb.catalog.>"),
@@ -147,22 +138,25 @@ def permissions() -> dict[str, Permissions]:
         "eligibility": Permissions(
             *_service(
                 "eligibility",
-                *_commands("eligibility"),
+                "lb.ws.*.result.*",
                 *_reads(_ANY),
-                *_shares(_ANY),
+                *_shares("eligibility"),
                 "$JS.API.STREAM.CREATE.*",
                 "lb.ws.*.record.>",
                 "lb.ws.*.offer.*",
                 "lb.ws.*.verdict.*.eligibility",
+                "lb.ws.*.to.*.identity",
+                "_INBOX.enrol.*.>",
+                subscribe=("lb.enrol.*", "lb.ws.*.from.*.renew"),
             ),
             _others("eligibility", subjects.STREAM_OTLP, _VIEW_STREAM),
         ),
         "delivery": Permissions(
             *_service(
                 "delivery",
-                *_commands("delivery"),
+                "lb.ws.*.result.*",
                 *_reads(_ANY),
-                *_shares(_ANY),
+                *_shares("delivery"),
                 "lb.catalog.>",
                 "lb.tuf.>",
                 "lb.blob.>",  # the first trust document, which comes with the first repository
@@ -173,9 +167,9 @@ def permissions() -> dict[str, Permissions]:
         "activation": Permissions(
             *_service(
                 "activation",
-                *_commands("activation"),
+                "lb.ws.*.result.*",
                 *_reads(_ANY),
-                *_shares(_ANY),
+                *_shares("activation"),
                 "lb.ws.*.rollout.>",
                 "lb.ws.*.desired.*",
             ),
@@ -185,13 +179,11 @@ def permissions() -> dict[str, Permissions]:
             *_service(
                 "telemetry",
                 *_reads(subjects.STREAM_REPORTS, subjects.STREAM_OTLP, subjects.STREAM_FLEET, _VIEW_STREAM),
-                *_shares(subjects.STREAM_REPORTS),
-                *_shares(subjects.STREAM_OTLP),
-                *_shares(subjects.STREAM_FLEET),
-                "$JS.FC.>",
+                *_shares("telemetry"),
                 f"$KV.{subjects.BUCKET_VIEW}.>",
                 "lb.ws.*.presence.*",
-            )
+            ),
+            _others("telemetry"),
         ),
     }
 
@@ -208,132 +200,197 @@ HOST: Final = Permissions(
 )
 
 
+#: The template for whoever holds an invitation's token; its JWT's name is the token's key id. One subject, one inbox.
+ENROL: Final = Permissions(("lb.enrol.{{name()}}",), ("_INBOX.enrol.{{name()}}.>",))
+
+
 def init_home(home: Path, *, listen: str = "127.0.0.1:4222") -> None:
     """Make what the bus needs below `home`: keys/nats, creds and nats/. Keys that exist are kept; the rest is written anew.
 
     Every role has a signing key whose scope, in the account's JWT, holds the role's permissions. So a user's own JWT stays
-    small (the server takes 4 KiB in one line), and a change of permissions needs no new credentials.
+    small (the server takes 4 KiB in one line), and a change of permissions needs no new credentials. What was revoked
+    stays revoked.
     """
     operator = _keep_key(home, "operator", "operator")
-    account = _keep_key(home, "account", "account")
+    _keep_key(home, "account", "account")
     system = _keep_key(home, "system", "account")
+    for role in _roles():
+        _keep_key(home, f"role-{role}", "account")
     place = home / "nats"
     (place / "jwt").mkdir(parents=True, exist_ok=True)
     (place / "jetstream").mkdir(exist_ok=True)
-    _write(
-        place / "operator.jwt",
-        _jwt(
-            "loopback", _public(operator), operator, {"type": "operator", "system_account": _public(system)}
-        ),
-    )
-    roles = {"host": HOST, **permissions()}
+    now, system_key = datetime.now(UTC), natsjwt.public("account", system.public)
+    public = natsjwt.public("operator", operator.public)
+    described = {"type": "operator", "system_account": system_key}
+    _write(place / "operator.jwt", natsjwt.encode("loopback", public, "operator", operator, described, now))
+    write_account(home)
+    plain = {"type": "account", "limits": _account_limits(jetstream=False)}
+    token = natsjwt.encode("SYS", system_key, "operator", operator, plain, now)
+    _write(place / "jwt" / f"{system_key}.jwt", token)
+    for name in USERS:
+        path = home / "creds" / f"{name}.creds"
+        key = SigningKey.from_nkey(read_identity(path).seed) if path.exists() else SigningKey.generate()
+        _write(path, _user(home, name, name, key, (), None))
+    _write_issuer(home)
+    _write(place / "nats.conf", _configuration(place, listen, system_key))
+
+
+def _roles() -> dict[str, Permissions]:
+    return {"host": HOST, "enrol": ENROL, **permissions()}
+
+
+def account_jwt(home: Path) -> str:
+    """The account's JWT as it should be now: every role with its permissions, and every revocation.
+
+    Raises Refused where `home` does not hold the installation's keys.
+    """
+    account = natsjwt.public("account", read_key(home, "account").public)
     scopes = [
         {
             "kind": "user_scope",
-            "key": _public(_keep_key(home, f"role-{role}", "account")),
+            "key": natsjwt.public("account", read_key(home, f"role-{role}").public),
             "role": role,
-            "template": {**allowed.claims(), **_UNLIMITED},
+            "template": {**allowed.claims(), **natsjwt.UNLIMITED},
         }
-        for role, allowed in roles.items()
+        for role, allowed in _roles().items()
     ]
-    for name, key, signing in ((ACCOUNT, account, scopes), ("SYS", system, [])):
-        claims: dict[str, Any] = {"type": "account", "limits": _account_limits(jetstream=name != "SYS")}
-        if signing:
-            claims["signing_keys"] = signing
-        _write(place / "jwt" / f"{_public(key)}.jwt", _jwt(name, _public(key), operator, claims))
-    for name in USERS:
-        path = home / "creds" / f"{name}.creds"
-        seed = read_identity(path).seed if path.exists() else _new_seed("user")
-        _write(path, _user(home, name, name, seed, ()))
-    _write(place / "nats.conf", _configuration(place, listen, _public(system)))
+    claims: dict[str, Any] = {
+        "type": "account",
+        "limits": _account_limits(jetstream=True),
+        "signing_keys": scopes,
+    }
+    if revoked := revocations(home):
+        claims["revocations"] = revoked
+    return natsjwt.encode(ACCOUNT, account, "operator", read_key(home, "operator"), claims, datetime.now(UTC))
 
 
-def host_creds(home: Path, workspace: str, host: str) -> str:
+def write_account(home: Path) -> None:
+    """Write the account's JWT where a server that starts on this home finds it; one that runs does not look there."""
+    account = natsjwt.public("account", read_key(home, "account").public)
+    _write(home / "nats" / "jwt" / f"{account}.jwt", account_jwt(home))
+
+
+def revocations(home: Path) -> dict[str, int]:
+    """User nkeys that were revoked, each with the second up to which JWTs for it count no more."""
+    path = _revocations_file(home)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, int])
+    except FileNotFoundError:
+        return {}
+    except msgspec.MsgspecError as error:
+        raise Refused(
+            Code.SIGNATURE_INVALID, f"{path} does not read: {error}", "restore it: it says who was revoked"
+        ) from None
+
+
+def revoke(home: Path, public_nkey: str, until: datetime = FOR_GOOD) -> None:
+    """Write down that JWTs for this user's key, issued up to `until`, count no more; `cli.revoke` tells the servers.
+
+    Raises Refused(SIGNATURE_INVALID) for what is no user's nkey.
+    """
+    natsjwt.parse_public("user", public_nkey)
+    known = revocations(home)
+    known[public_nkey] = max(known.get(public_nkey, 0), int(until.timestamp()))
+    _write(_revocations_file(home), msgspec.json.encode(known).decode())
+
+
+def _revocations_file(home: Path) -> Path:
+    return home / "keys" / "nats" / "revocations.json"
+
+
+def system_creds(home: Path, at: datetime) -> str:
+    """Credentials that may give servers a new account JWT, and nothing else, for five minutes.
+
+    Raises Refused where `home` does not hold the installation's keys.
+    """
+    key = SigningKey.generate()
+    allowed = Permissions(("$SYS.REQ.CLAIMS.UPDATE",), (f"{subjects.inbox('system')}.>",))
+    claims = {"type": "user", **allowed.claims(), **natsjwt.UNLIMITED}
+    subject, until = natsjwt.public("user", key.public), at + timedelta(minutes=5)
+    token = natsjwt.encode("push", subject, "account", read_key(home, "system"), claims, at, until)
+    return natsjwt.creds(token, natsjwt.seed("user", key))
+
+
+def host_creds(home: Path, workspace: str, host: str, valid: timedelta = HOST_VALID) -> str:
     """New credentials for a host: the text of its `.creds` file, with a new key, which is also its signing key.
 
     Nothing is kept here, and the server needs no word of it. Raises Refused(NAME_INVALID) for a name that cannot be one,
     and where `home` holds no installation.
     """
     tags = (f"ws:{subjects.token(workspace)}",)
-    return _user(home, "host", subjects.token(host), _new_seed("user"), tags)
+    return _user(home, "host", subjects.token(host), SigningKey.generate(), tags, valid)
 
 
-def _user(home: Path, role: str, name: str, seed: str, tags: tuple[str, ...]) -> str:
+def service_creds(home: Path, name: str) -> str:
+    """New credentials for a service, with a new key, which is also its signing key. Raises Refused without an installation."""
+    return _user(home, name, name, SigningKey.generate(), (), None)
+
+
+def _user(
+    home: Path, role: str, name: str, key: SigningKey, tags: tuple[str, ...], valid: timedelta | None
+) -> str:
     """A user's credentials, signed with its role's key."""
-    claims: dict[str, Any] = {"type": "user", "issuer_account": _public(_read_key(home, "account"))}
-    if tags:
-        claims["tags"] = list(tags)
-    user = nkeys.from_seed(seed.encode())
-    return _creds(_jwt(name, _public(user), _read_key(home, f"role-{role}"), claims), seed)
+    account = natsjwt.public("account", read_key(home, "account").public)
+    now = datetime.now(UTC)
+    until = now + valid if valid is not None else None
+    token = natsjwt.user(read_key(home, f"role-{role}"), account, key.public, name, tags, now, until)
+    return natsjwt.creds(token, natsjwt.seed("user", key))
+
+
+def _write_issuer(home: Path) -> None:
+    """What eligibility issues hosts' identities with. How long these count stays as somebody set it there."""
+    path = home / "creds" / "eligibility.issuer"
+    days = Issuer.load(path).host_days if path.exists() else HOST_VALID.total_seconds() / 86400
+    issuer = Issuer(
+        account=natsjwt.public("account", read_key(home, "account").public),
+        host=natsjwt.seed("account", read_key(home, "role-host")),
+        enrol=natsjwt.seed("account", read_key(home, "role-enrol")),
+        host_days=days,
+    )
+    _write(path, msgspec.json.format(msgspec.json.encode(issuer), indent=2).decode() + "\n")
 
 
 def _key_file(home: Path, name: str) -> Path:
     return home / "keys" / "nats" / f"{name}.nk"
 
 
-def _new_seed(kind: str) -> str:
-    return bytes(nkeys.encode_seed(os.urandom(32), _PREFIX[kind])).decode()
-
-
-def _keep_key(home: Path, name: str, kind: str) -> Any:
+def _keep_key(home: Path, name: str, kind: natsjwt.Kind) -> SigningKey:
     path = _key_file(home, name)
     if not path.exists():
-        _write(path, _new_seed(kind) + "\n")
-    return _read_key(home, name)
+        _write(path, natsjwt.seed(kind, SigningKey.generate()) + "\n")
+    return read_key(home, name)
 
 
-def _read_key(home: Path, name: str) -> Any:
+def read_key(home: Path, name: str) -> SigningKey:
+    """One of the keys below keys/nats. Raises Refused(SIGNATURE_INVALID) where it is not there."""
     path = _key_file(home, name)
     try:
-        return nkeys.from_seed(path.read_bytes().strip())
+        return SigningKey.from_nkey(path.read_text().strip())
     except FileNotFoundError:
         raise Refused(
             Code.SIGNATURE_INVALID, f"there is no key {path}", "run 'loopback up' first, or name its --home"
         ) from None
 
 
-def _public(key: Any) -> str:
-    return bytes(key.public_key).decode()
-
-
 def _account_limits(*, jetstream: bool) -> dict[str, Any]:
     unlimited = ("imports", "exports", "conn", "leaf")
-    limits: dict[str, Any] = {**_UNLIMITED, **dict.fromkeys(unlimited, -1), "wildcards": True}
+    limits: dict[str, Any] = {**natsjwt.UNLIMITED, **dict.fromkeys(unlimited, -1), "wildcards": True}
     if jetstream:
         limits |= dict.fromkeys(("mem_storage", "disk_storage", "streams", "consumer", "max_ack_pending"), -1)
     return limits
 
 
-def _jwt(name: str, subject: str, issuer: Any, claims: Mapping[str, Any]) -> str:
-    body: dict[str, Any] = {
-        "iat": int(time.time()),
-        "iss": _public(issuer),
-        "name": name,
-        "sub": subject,
-        "nats": {"version": 2, **claims},
-    }
-    body["jti"] = _base32(hashlib.sha256(msgspec.json.encode(body)).digest())
-    signed = ".".join(_base64(part) for part in ({"typ": "JWT", "alg": "ed25519-nkey"}, body))
-    return f"{signed}.{_base64(bytes(issuer.sign(signed.encode())))}"
-
-
-def _base64(part: Mapping[str, Any] | bytes) -> str:
-    data = part if isinstance(part, bytes) else msgspec.json.encode(part)
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
-def _base32(data: bytes) -> str:
-    return base64.b32encode(data).rstrip(b"=").decode()
-
-
-def _creds(token: str, seed: str) -> str:
-    return (
-        f"-----BEGIN NATS USER JWT-----\n{token}\n------END NATS USER JWT------\n\n"
-        f"-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
-    )
-
-
 def _configuration(place: Path, listen: str, system: str) -> str:
+    encrypted = []
+    folder = place.parent / "tls"
+    if (folder / "server.pem").exists():
+        files = {
+            kind: msgspec.json.encode(str(folder / f"server.{kind}")).decode() for kind in ("pem", "key")
+        }
+        encrypted = [
+            "# TLS alone. Clients may begin with the handshake, so that nobody talks them out of it.",
+            f'tls {{ cert_file: {files["pem"]}, key_file: {files["key"]}, min_version: "1.3", handshake_first: auto }}',
+        ]
     quoted = {name: msgspec.json.encode(str(place / name)).decode() for name in ("jetstream", "jwt")}
     operator = msgspec.json.encode(str(place / "operator.jwt")).decode()
     lines: Sequence[str] = (
@@ -346,16 +403,12 @@ def _configuration(place: Path, listen: str, system: str) -> str:
         f"operator: {operator}",
         f"system_account: {system}",
         f'resolver {{ type: full, dir: {quoted["jwt"]}, allow_delete: false, interval: "2m" }}',
+        *encrypted,
     )
     return "\n".join(lines) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that only its owner reads, whole or not at all."""
+    """Write a file that only its owner reads, whole or not at all, and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.unlink(missing_ok=True)
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    fresh.replace(path)
+    write_durably(path, text.encode(), 0o600)

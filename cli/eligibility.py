@@ -8,10 +8,10 @@ from typing import Annotated
 import msgspec
 import typer
 
-from loopback.cli import context, fleetio
+from loopback.cli import context, fleetio, printing
 from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refusal, Refused
-from loopback.contracts.messages import Check, HostPut, Offer, OfferedVersion
+from loopback.contracts.messages import Check, Offer, OfferedVersion
 
 EXIT_NO = 1
 
@@ -41,7 +41,7 @@ def explain(
     if json:
         fleetio.print_json({"host": host, "eligible": answer.refusal is None, **msgspec.to_builtins(answer)})
     else:
-        typer.echo(render(host, answer))
+        typer.echo(printing.lines(render(host, answer)))
     if answer.refusal is not None:
         raise typer.Exit(EXIT_NO)
 
@@ -51,13 +51,13 @@ async def _judged(host: str, module: str, workspace: str | None, version: str | 
         place = workspace or await _workspace_of(session, host)
         found = await session.last(subjects.STREAM_FLEET, subjects.offer(place, host))
         if found is None:
-            known = {h.host for h in await fleetio.records(session, "host", HostPut, place)}
+            known = {h.host for h in await fleetio.hosts(session, place)}
             return nothing(host, module, version, host in known)
         return choose(msgspec.json.decode(found, type=Offer), module, version)
 
 
 async def _workspace_of(session: context.Session, host: str) -> str:
-    places = [h.workspace for h in await fleetio.records(session, "host", HostPut) if h.host == host]
+    places = [h.workspace for h in await fleetio.hosts(session) if h.host == host]
     if len(places) > 1:
         raise Refused(
             Code.WORKSPACE_UNKNOWN,

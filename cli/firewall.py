@@ -1,5 +1,7 @@
 """`loopback firewall`: check a policy, ask what it does to a packet, print its schema. Works without agent, bus or network.
 
+What looks at the firewall of this machine is beside: firewall_stats, firewall_observe, firewall_diff (with `shadow`).
+
 Exit codes: 0 done, and every test of the policy holds · 1 a test does not hold · 2 the policy, a packet or the call is wrong.
 Verdicts come from the program that runs in the kernel, where this machine lets it run (root, eBPF); else from the plain Python
 evaluator that the program is tested against. Which one it was is said on stderr and in `check --json`.
@@ -7,31 +9,33 @@ evaluator that the program is tested against. Which one it was is said on stderr
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import msgspec
 import typer
 
-from loopback.cli.firewall_judge import Kind, Verdict, open_judge
+from loopback.cli import firewall_diff, firewall_import, firewall_observe, firewall_pcap, firewall_stats
+from loopback.cli.firewall_judge import Kind, Verdict, open_judge, open_kernel
+from loopback.cli.firewall_packets import MAX_PACKETS, read_lines, read_one
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import compile as compiler
-from loopback.modules.firewall import policy, policy_tables, schema
-from loopback.modules.firewall.model import Action, Packet
+from loopback.modules.firewall import policy, schema
+from loopback.modules.firewall import policy_fields as fields
+from loopback.modules.firewall.model import Action, FirewallPolicy, Packet
 from loopback.modules.firewall.policy_fields import PROTOCOL_NAMES, WITH_PORTS, Wrong
 from loopback.modules.firewall.policy_text import PolicyRefused, Problem, render
 
 EXIT_TEST_FAILED = 1
 EXIT_REFUSED = 2
-MAX_PACKETS = 1_000_000
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
-    help="Check firewall policies and explain their verdicts. The language: docs/policy.md.",
+    help="Check firewall policies, explain their verdicts, look at this machine's firewall. The language: docs/policy.md.",
 )
 
 JudgeOption = Annotated[
@@ -58,7 +62,7 @@ def check(
 ) -> None:
     """Read a policy, tell everything that is wrong with it, and run its own tests."""
     try:
-        found = policy.load(file).policy
+        found = policy.parse(file.read_bytes(), str(file))
         # whether the program has room for it is as pure a question, and answered on any machine
         compiler.compile_policy(found, compiler.assign({}, [rule.name for rule in found.rules]))
     except PolicyRefused as error:
@@ -119,6 +123,16 @@ def explain(
     packets: Annotated[
         Path | None, typer.Option("--packets", help="Packets, one JSON object a line; - is stdin.")
     ] = None,
+    pcap: Annotated[
+        Path | None,
+        typer.Option("--pcap", help="Frames of a capture (pcap, pcapng), as they were on the wire."),
+    ] = None,
+    direction: Annotated[
+        str,
+        typer.Option(
+            "--direction", help="With --pcap: ingress or egress, where the capture does not say it."
+        ),
+    ] = "ingress",
     as_json: JsonOption = False,
     judge: JudgeOption = Kind.AUTO,
     object_path: ObjectOption = None,
@@ -127,14 +141,21 @@ def explain(
 
     A packet is {"direction","src","dst","proto","sport","dport","icmp_type","icmp_code","tcp_flags","iface","state"}; only
     src, dst and proto must be there. With --json each packet gives one line {"verdict","rule","generation"}.
+
+    Frames of a capture go to the kernel's program byte for byte, each as the first of its connection.
     """
-    if (packet is None) == (packets is None):
+    if [packet, packets, pcap].count(None) != 2:
         raise Refused(
-            Code.POLICY_INVALID, "explain needs either --packet or --packets", "give one of the two"
+            Code.POLICY_INVALID,
+            "explain needs either --packet or --packets, or --pcap",
+            "give one of the three",
         )
     try:
-        found = policy.load(policy_file).policy
-        asked = [_packet(packet, "--packet")] if packet is not None else _lines(packets or Path("-"))
+        found = policy.parse(policy_file.read_bytes(), str(policy_file))
+        if pcap is not None:
+            _explain_frames(found, pcap, direction, as_json, judge, object_path)
+            return
+        asked = [read_one(packet, "--packet")] if packet is not None else read_lines(packets or Path("-"))
     except PolicyRefused as error:
         _refuse(error)
     with open_judge(found, judge, object_path) as judging:
@@ -147,10 +168,43 @@ def explain(
     typer.echo(f"judged by {judging.name}{judging.why}", err=True)
 
 
+def _explain_frames(
+    found: FirewallPolicy, pcap: Path, direction: str, as_json: bool, judge: Kind, object_path: Path | None
+) -> None:
+    if judge is Kind.ORACLE:
+        raise Refused(
+            Code.POLICY_INVALID,
+            "frames of a capture are judged by the kernel's program alone: the plain evaluator knows no bytes",
+            "leave --judge out, or give the packets with --packets",
+        )
+    try:
+        way = fields.direction(direction)
+    except Wrong as error:
+        raise Refused(Code.POLICY_INVALID, f"--direction: {error.message}", error.hint) from None
+    frames = list(itertools.islice(firewall_pcap.read(pcap.read_bytes(), way), MAX_PACKETS + 1))
+    if len(frames) > MAX_PACKETS:
+        raise Refused(Code.POLICY_INVALID, f"{pcap} holds more than {MAX_PACKETS} frames", "split the file")
+    with open_kernel(found, object_path) as judging:
+        verdicts = judging.judge_frames(frames)
+    if as_json:
+        sys.stdout.write("".join(_verdict_line(verdict) for verdict in verdicts))
+    else:
+        for number, verdict in enumerate(verdicts, 1):
+            typer.echo(f"{_word(verdict.action):6}  by {_by(verdict.rule)}: frame {number}")
+    typer.echo(f"judged by {judging.name}", err=True)
+
+
 @app.command("schema")
 def schema_command() -> None:
     """Print the JSON Schema of the policy language."""
     typer.echo(schema.text(), nl=False)
+
+
+app.command("import")(firewall_import.command)
+app.command("diff")(firewall_diff.diff_command)
+app.command("shadow")(firewall_diff.shadow_command)
+app.command("stats")(firewall_stats.command)
+app.command("observe")(firewall_observe.command)
 
 
 def describe(packet: Packet) -> str:
@@ -169,38 +223,9 @@ def describe(packet: Packet) -> str:
     return f"{packet.direction.name.lower()} {kind} {ends[0]} → {ends[1]}{detail}"
 
 
-def _lines(path: Path) -> list[Packet]:
-    name = "stdin" if str(path) == "-" else str(path)
-    lines = sys.stdin.buffer if str(path) == "-" else path.open("rb")
-    found = []
-    with lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                found.append(_packet(line, name, number))
-            if len(found) > MAX_PACKETS:
-                raise Refused(
-                    Code.POLICY_INVALID, f"{name} holds more than {MAX_PACKETS} packets", "split the file"
-                )
-    return found
-
-
-def _packet(text: str | bytes, source: str, number: int = 1) -> Packet:
-    """One packet; the quick way first, since there may be a hundred thousand, and the one that explains when it fails."""
-    try:
-        return policy_tables.packet(json.loads(text))
-    except (ValueError, RecursionError, Wrong):
-        data = text if isinstance(text, bytes) else text.encode(errors="replace")
-        try:
-            return policy.read_packet(data, source)
-        except PolicyRefused as error:
-            there = (msgspec.structs.replace(p, line=p.line and p.line + number - 1) for p in error.problems)
-            raise PolicyRefused(error.code, tuple(there)) from None
-
-
 def _verdict_line(verdict: Verdict) -> str:
-    rule = (
-        "null" if verdict.rule is None else f'"{verdict.rule}"'
-    )  # a name has no character that JSON escapes
+    # a name has no character that JSON escapes
+    rule = "null" if verdict.rule is None else f'"{verdict.rule}"'
     return f'{{"verdict":"{_word(verdict.action)}","rule":{rule},"generation":{verdict.generation}}}\n'
 
 

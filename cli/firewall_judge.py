@@ -17,6 +17,7 @@ from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import oracle
 from loopback.modules.firewall.datapath import Datapath
 from loopback.modules.firewall.model import Action, FirewallPolicy, Packet
+from loopback.modules.firewall.packets import Frame
 
 FLOWS: Final = 64  # a dry run remembers no flow; the table must only exist
 
@@ -84,6 +85,11 @@ class KernelJudge:
         found = self._datapath.explain(packets)
         return [Verdict(verdict.action, verdict.rule, verdict.generation) for verdict in found]
 
+    def judge_frames(self, frames: Sequence[Frame]) -> list[Verdict]:
+        """The same for frames as they were captured. Raises Refused(POLICY_INVALID) for one that is too long to ask about."""
+        found = self._datapath.explain_frames(frames)
+        return [Verdict(verdict.action, verdict.rule, verdict.generation) for verdict in found]
+
     def close(self) -> None:
         """Unload it."""
         self._datapath.close()
@@ -96,6 +102,16 @@ def object_file() -> bytes:
         built = Path(folder) / "firewall.bpf.o"
         compile_object(source, built)
         return built.read_bytes()
+
+
+@contextmanager
+def open_kernel(policy: FirewallPolicy, object_path: Path | None = None) -> Iterator[KernelJudge]:
+    """The program as a judge; raises as `open_judge` does with KERNEL."""
+    judge = KernelJudge(policy, object_path.read_bytes() if object_path else object_file())
+    try:
+        yield judge
+    finally:
+        judge.close()
 
 
 @contextmanager

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, TypeVar
 
 import msgspec
 import typer
 
-from loopback.cli import context
-from loopback.contracts import subjects
+from loopback.cli import context, printing
+from loopback.contracts import hostrecord, subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.envelope import payload_of
-from loopback.contracts.messages import Command, EntitlementPut, HostPut, Record, WorkspacePut, decode_command
+from loopback.contracts.hostrecord import HostRecord
+from loopback.contracts.messages import Command, EntitlementPut, Record, WorkspacePut, decode_command
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="May be repeated.")]
-Put = TypeVar("Put", WorkspacePut, EntitlementPut, HostPut)
+Interfaces = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--interface", metavar="NAME", help="Interface that the firewall protects. May be repeated."
+    ),
+]
+Heartbeat = Annotated[float, typer.Option(help="Seconds between its heartbeats.")]
+Put = TypeVar("Put", WorkspacePut, EntitlementPut)
 
 
 def labels(given: Sequence[str] | None) -> dict[str, str]:
@@ -34,14 +43,20 @@ def labels(given: Sequence[str] | None) -> dict[str, str]:
     return found
 
 
+def taught(command: Callable[..., None]) -> str:
+    """A command's docstring as its help, with indented examples left as the lines that they are (click's `\\b`)."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(f"\b\n{text}" if text.startswith("  ") else text for text in paragraphs)
+
+
 def label_text(found: dict[str, str]) -> str:
     """Labels for a table."""
     return ",".join(f"{name}={value}" for name, value in sorted(found.items())) or "-"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows in columns, two spaces apart, without any colour, so that it pipes well."""
-    lines = [list(head), *([str(cell) or "-" for cell in row] for row in rows)]
+    """Print rows in columns, two spaces apart, without any colour, so that it pipes well: one line each, whatever they hold."""
+    lines = [list(head), *([printing.printable(str(cell)) or "-" for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -54,14 +69,42 @@ def print_json(value: object) -> None:
 
 async def records(session: context.Session, kind: str, put: type[Put], workspace: str = "*") -> list[Put]:
     """The stored records of one kind that were not withdrawn, as their signed commands, by workspace and name."""
-    newest: dict[str, Put] = {}
+    commands = [command_of(record) for record in await stored_records(session, kind, workspace)]
+    return [c for c in commands if isinstance(c, put) and not getattr(c, "absent", False)]
+
+
+async def stored_records(session: context.Session, kind: str, workspace: str = "*") -> list[Record]:
+    """The stored records of one kind as they are, by workspace and name."""
+    newest: dict[str, Record] = {}
     for message in await session.read(
         subjects.STREAM_FLEET, [subjects.record(workspace, kind, "*")], last=True
     ):
-        command = command_of(msgspec.json.decode(message.data, type=Record))
-        if isinstance(command, put):
-            newest[message.subject] = command
-    return [newest[s] for s in sorted(newest) if not getattr(newest[s], "absent", False)]
+        newest[message.subject] = msgspec.json.decode(message.data, type=Record)
+    return [newest[s] for s in sorted(newest)]
+
+
+async def hosts(session: context.Session, workspace: str = "*") -> list[HostRecord]:
+    """The records of hosts that are there: neither withdrawn, nor moved away, nor invited only."""
+    stored = await stored_records(session, hostrecord.KIND, workspace)
+    return [found for record in stored if not (found := hostrecord.of(record)).absent]
+
+
+async def recorded(session: context.Session, host: str, workspace: str | None) -> HostRecord:
+    """A host's record. Raises Refused where there is none, or several and no workspace was named."""
+    place = await any_workspace(session, workspace)
+    found = [h for h in await hosts(session, place) if h.host == host]
+    if not found:
+        raise Refused(
+            Code.ELIGIBILITY_NO_RECORD, f"no record names the host {host!r}", "see 'loopback hosts'"
+        )
+    if len(found) > 1:
+        places = ", ".join(h.workspace for h in found)
+        raise Refused(
+            Code.WORKSPACE_UNKNOWN,
+            f"the host {host!r} is in several workspaces: {places}",
+            "name one with --workspace",
+        )
+    return found[0]
 
 
 def command_of(record: Record) -> Command:

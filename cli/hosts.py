@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import ipaddress
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import msgspec
 import typer
 import typer.core
 import typer.main
 
-from loopback.cli import context, creds, fleetio
+from loopback.cli import context, creds, fleetio, hostfolder, hostmove, hostrevoke, printing
+from loopback.cli import enrol as enrolment
 from loopback.contracts import subjects, view
 from loopback.contracts.codes import Code, Refused
-from loopback.contracts.keys import SigningKey
+from loopback.contracts.hostrecord import HostRecord
+from loopback.contracts.keys import PublicKey, SigningKey
 from loopback.contracts.messages import HostPut, Offer
 from loopback.contracts.reports import ModuleStatus
 from loopback.contracts.view import HostView
 from loopback.host import config
 
-FILES: Final = ("host.creds", "root.json", "host.toml")
-
 
 class _Host(typer.core.TyperGroup):
-    """The group, with `run` brought in from the agent's side only when it is wanted."""
+    """The group, with `run` and `ctl` brought in from the agent's side only when they are wanted."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted({*super().list_commands(ctx), "run"})
+        return sorted({*super().list_commands(ctx), "run", "ctl"})
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name == "ctl":
+            return typer.main.get_command(importlib.import_module("loopback.cli.hostctl").app)
         if cmd_name != "run":
             return super().get_command(ctx, cmd_name)
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -49,16 +49,26 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Hosts: add them, run their agent, look at one.",
 )
+for _name, _command in (
+    ("invite", enrolment.invite_command),
+    ("invites", enrolment.invites_command),
+    ("enroll", enrolment.enroll_command),
+    ("move", hostmove.move_command),
+    ("revoke", hostrevoke.revoke_command),
+):
+    app.command(_name, help=fleetio.taught(_command))(_command)
+for _name, _command in (("enrol", enrolment.enroll_command), ("remove", hostrevoke.revoke_command)):
+    app.command(_name, help=fleetio.taught(_command), hidden=True)(_command)
 Workspace = Annotated[str | None, typer.Option("--workspace", help="The host's workspace.")]
 
 
 def hosts_command(workspace: Workspace = None, json: fleetio.Json = False) -> None:
     """Every host: what it runs, whether it enforces, and when it was last heard of."""
 
-    async def run() -> tuple[list[HostPut], dict[tuple[str, str], HostView]]:
+    async def run() -> tuple[list[HostRecord], dict[tuple[str, str], HostView]]:
         async with context.connect() as session:
             place = await fleetio.any_workspace(session, workspace)
-            return await fleetio.records(session, "host", HostPut, place), await views(session, place)
+            return await fleetio.hosts(session, place), await views(session, place)
 
     records, seen = asyncio.run(run())
     rows = [(record, seen.get((record.workspace, record.host))) for record in records]
@@ -82,7 +92,7 @@ def hosts_command(workspace: Workspace = None, json: fleetio.Json = False) -> No
         ],
     )
     if not rows:
-        typer.echo("no host yet; add one with 'loopback host add'", err=True)
+        typer.echo("no host yet; invite one with 'loopback host invite'", err=True)
 
 
 @app.command("show")
@@ -93,9 +103,9 @@ def show(
 ) -> None:
     """Everything that is known of one host: its record, what it said last, and what it may have."""
 
-    async def run() -> tuple[HostPut, HostView | None, Offer | None]:
+    async def run() -> tuple[HostRecord, HostView | None, Offer | None]:
         async with context.connect() as session:
-            record = await recorded(session, host, workspace)
+            record = await fleetio.recorded(session, host, workspace)
             found = await session.last(view.STREAM, view.subject(record.workspace, host))
             offer = await session.last(subjects.STREAM_FLEET, subjects.offer(record.workspace, host))
             return (
@@ -108,7 +118,7 @@ def show(
     if json:
         fleetio.print_json({**summary(record, found), "view": found, "offer": offer})
         return
-    typer.echo("\n".join(details(record, found, offer, datetime.now(UTC))))
+    typer.echo("\n".join(map(printing.printable, details(record, found, offer, datetime.now(UTC)))))
 
 
 @app.command("add")
@@ -123,16 +133,19 @@ def add(
     url: Annotated[
         str | None, typer.Option(help="Where the host finds the bus, if not where this command does.")
     ] = None,
-    interface: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Interface that the firewall protects. May be repeated."),
-    ] = None,
-    heartbeat: Annotated[float, typer.Option(help="Seconds between its heartbeats.")] = config.HEARTBEAT_S,
+    interface: fleetio.Interfaces = None,
+    heartbeat: fleetio.Heartbeat = config.HEARTBEAT_S,
     replace: Annotated[
         bool, typer.Option("--replace", help="Give a known host a new key; its old one stops counting.")
     ] = False,
 ) -> None:
-    """Make a host known: a key of its own, a signed record, and a folder to run its agent from."""
+    """Make a host known: a key of its own, a signed record, and a folder to run its agent from.
+
+    The simple way, for labs: the key is made here and copied to the host with the folder. 'loopback host invite' is the
+    better one, with which the key is made on the host and never leaves it.
+
+      loopback host add web-1 --workspace lab --label role=web --out web-1
+    """
 
     async def run() -> Path:
         async with context.connect() as session:
@@ -175,20 +188,17 @@ async def enrol(
     The record is accepted before anything is written, so a refusal leaves no file behind. Raises Refused, and OSError
     where the folder cannot be made.
     """
-    check(host, workspace, addresses)
-    pinned = session.context.home / "tuf" / "root.json"
-    if not pinned.exists():
-        raise Refused(
-            Code.TUF_UNREACHABLE, f"there is no trust root {pinned}", "make it with 'loopback keys init'"
-        )
+    hostfolder.check(host, workspace, addresses)
+    pinned = hostfolder.pinned_root(session.context.home)
+    before = [h for h in await fleetio.hosts(session, workspace) if h.host == host]
     if not replace:
-        if any(h.host == host for h in await fleetio.records(session, "host", HostPut, workspace)):
+        if before:
             raise Refused(
                 Code.NAME_INVALID,
                 f"{host!r} is already a host of {workspace!r}",
                 "choose another name, or give it a new key with --replace",
             )
-        if taken := [str(out / name) for name in FILES if (out / name).exists()]:
+        if taken := [str(out / name) for name in hostfolder.FILES if (out / name).exists()]:
             raise Refused(
                 Code.NAME_INVALID,
                 f"{taken[0]} exists",
@@ -208,93 +218,26 @@ async def enrol(
         ),
         "eligibility",
     )
-    _write_folder(
-        out,
-        text,
-        pinned,
-        config.HostConfig(
-            host=host,
-            workspace=workspace,
-            url=url or session.context.url,
-            creds=Path("host.creds"),
-            root=Path("root.json"),
-            state_dir=Path("state"),
-            heartbeat_s=heartbeat_s,
-            allow=config.Allow(modules=("firewall",), capabilities=config.CAPABILITIES),
-            modules={"firewall": dict(firewall)} if firewall else {},
-        ),
+    await hostrevoke.cut_off(session, [PublicKey.parse(h.public_key) for h in before])
+    ca = session.context.ca
+    made = hostfolder.new_config(
+        host,
+        workspace,
+        url or session.context.url,
+        firewall or {},
+        heartbeat_s,
+        Path("ca.pem") if ca else None,
     )
+    await asyncio.to_thread(_write_folder, out, text, pinned, ca, made)
     return out / "host.toml"
 
 
-def _write_folder(out: Path, creds_text: str, root: Path, host: config.HostConfig) -> None:
-    path = out / "host.creds"
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(creds_text)
-    (out / "root.json").write_bytes(root.read_bytes())
-    config.write_config(host, out / "host.toml")
-
-
-@app.command("remove")
-def remove(
-    host: Annotated[str, typer.Argument(help="The host.")],
-    workspace: Workspace = None,
-) -> None:
-    """Withdraw a host's record. Its reports stop counting; what it enforces goes on until its agent is removed."""
-
-    async def run() -> None:
-        async with context.connect() as session:
-            record = await recorded(session, host, workspace)
-            await session.send(
-                HostPut(
-                    **context.new_command_fields(record.workspace),
-                    host=host,
-                    public_key=record.public_key,
-                    absent=True,
-                ),
-                "eligibility",
-            )
-
-    asyncio.run(run())
-    typer.echo(f"{host} is no longer known", err=True)
-
-
-def check(host: str, workspace: str, addresses: Sequence[str]) -> None:
-    """Refuse names that a host's own configuration would refuse later. Raises Refused(NAME_INVALID)."""
-    for what, name in (("host", host), ("workspace", workspace)):
-        if not config.NAME.fullmatch(name):
-            raise Refused(
-                Code.NAME_INVALID,
-                f"{what}: {name!r} must be lower-case letters, digits, dots, dashes and underscores",
-                "choose a name such as web-1",
-            )
-    for address in addresses:
-        try:
-            ipaddress.ip_interface(address)
-        except ValueError:
-            raise Refused(
-                Code.NAME_INVALID, f"--address {address!r} is no IP address", "write it like 192.0.2.7"
-            ) from None
-
-
-async def recorded(session: context.Session, host: str, workspace: str | None) -> HostPut:
-    """A host's record. Raises Refused where there is none, or several and no workspace was named."""
-    place = await fleetio.any_workspace(session, workspace)
-    found = [h for h in await fleetio.records(session, "host", HostPut, place) if h.host == host]
-    if not found:
-        raise Refused(
-            Code.ELIGIBILITY_NO_RECORD, f"no record names the host {host!r}", "see 'loopback hosts'"
-        )
-    if len(found) > 1:
-        places = ", ".join(h.workspace for h in found)
-        raise Refused(
-            Code.WORKSPACE_UNKNOWN,
-            f"the host {host!r} is in several workspaces: {places}",
-            "name one with --workspace",
-        )
-    return found[0]
+def _write_folder(out: Path, creds_text: str, root: bytes, ca: Path | None, made: config.HostConfig) -> None:
+    hostfolder.write(out / "host.creds", creds_text.encode())
+    hostfolder.write(out / "root.json", root)
+    if ca is not None:
+        hostfolder.write(out / "ca.pem", ca.read_bytes())
+    hostfolder.write_config(made, out / "host.toml")
 
 
 async def views(session: context.Session, workspace: str = "*") -> dict[tuple[str, str], HostView]:
@@ -309,12 +252,16 @@ async def views(session: context.Session, workspace: str = "*") -> dict[tuple[st
 
 
 def state(found: HostView | None) -> str:
-    """A host's state in a word."""
-    return found.state if found else "never seen"
+    """A host's state in a word, or two."""
+    if found is None:
+        return "never seen"
+    return f"{found.state}, cloned" if found.cloned else found.state
 
 
 def module_text(module: ModuleStatus) -> str:
-    """One module on one line: version, policy, whether it enforces, its health, and its phase while it is at work."""
+    """One module on one line: version, policy, whether it enforces, its health, its phase while it is at work,
+    and whether it is what the rules ask for.
+    """
     words = [module.module, module.promoted.version if module.promoted else "none"]
     if module.promoted and module.promoted.policy:
         words.append(f"policy #{module.promoted.policy_serial} {module.promoted.policy[:8]}")
@@ -322,6 +269,8 @@ def module_text(module: ModuleStatus) -> str:
     words.append(module.health)
     if module.phase not in ("idle", "promoted"):
         words.append(f"({module.phase})")
+    if module.noncompliant:
+        words.append("NONCOMPLIANT")
     return " ".join(words)
 
 
@@ -334,25 +283,26 @@ def ago(now: datetime, then: datetime) -> str:
     return f"{seconds:.0f} s ago"
 
 
-def summary(record: HostPut, found: HostView | None) -> dict[str, Any]:
+def summary(record: HostRecord, found: HostView | None) -> dict[str, Any]:
     """One host as `--json` shows it."""
     inventory = found.inventory if found else None
     return {
         "host": record.host,
         "workspace": record.workspace,
-        "state": state(found),
+        "state": found.state if found else "never seen",
         "labels": record.labels,
         "addresses": record.addresses,
         "agent": inventory.agent_version if inventory else None,
         "kernel": inventory.kernel if inventory else None,
         "architecture": inventory.architecture if inventory else None,
         "last_seen": found.last_at if found else None,
+        "cloned": found is not None and found.cloned,
         "lost": found is not None and found.lost_at is not None,
         "modules": [msgspec.structs.asdict(module) for module in (found.modules if found else ())],
     }
 
 
-def details(record: HostPut, found: HostView | None, offer: Offer | None, now: datetime) -> list[str]:
+def details(record: HostRecord, found: HostView | None, offer: Offer | None, now: datetime) -> list[str]:
     """One host for people."""
     lines = [
         f"host       {record.host} in {record.workspace}",
@@ -361,6 +311,10 @@ def details(record: HostPut, found: HostView | None, offer: Offer | None, now: d
         f"addresses  {', '.join(record.addresses) or '-'}",
         f"key        {record.public_key[:16]}…",
     ]
+    if found and found.cloned:
+        lines.append(
+            f"cloned     two machines speak under this key  [{Code.HOST_CLONED}]; revoke it and enrol both anew"
+        )
     if found and found.inventory:
         inventory = found.inventory
         lines += [
@@ -373,6 +327,8 @@ def details(record: HostPut, found: HostView | None, offer: Offer | None, now: d
         lines.append(f"runs       {module_text(module)}")
         if module.refusal:
             lines.append(f"           {module.refusal.reason}  [{module.refusal.code}]")
+        if module.noncompliant:
+            lines.append(f"           {module.noncompliant.reason}  [{module.noncompliant.code}]")
     for one in offer.versions if offer else ():
         word = "may have  " if one.refusal is None else "may not   "
         lines.append(f"{word} {one.module} {one.version}: {one.rule}")

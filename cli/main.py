@@ -8,18 +8,19 @@ incomplete · 6 canceled ·
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import nats.errors
 import typer
 import typer.core
 import typer.main
 
 import loopback
-from loopback.cli import context
+from loopback.cli import home as installation
+from loopback.cli import printing
 from loopback.contracts.codes import Refused
 
 EXIT_NO = 1
@@ -32,14 +33,19 @@ AREAS: dict[str, tuple[str, str]] = {
     "service": ("loopback.cli.up", "service_command"),
     "demo": ("loopback.cli.demo.app", "demo_command"),
     "keys": ("loopback.cli.keys", "app"),
+    "tls": ("loopback.cli.tls", "app"),
+    "bus": ("loopback.cli.bus", "app"),
     "workspace": ("loopback.cli.workspace", "app"),
     "entitlement": ("loopback.cli.entitlement", "app"),
     "host": ("loopback.cli.hosts", "app"),
     "hosts": ("loopback.cli.hosts", "hosts_command"),
     "eligibility": ("loopback.cli.eligibility", "app"),
     "module": ("loopback.cli.module", "app"),
+    "tuf-client": ("loopback.cli.tufclient", "app"),
     "rollout": ("loopback.cli.rollout", "app"),
     "firewall": ("loopback.cli.firewall", "app"),
+    "audit": ("loopback.cli.audit", "audit_command"),
+    "posture": ("loopback.cli.posture", "posture_command"),
 }
 
 
@@ -87,15 +93,30 @@ def root(
         typer.Option(
             envvar="LOOPBACK_HOME",
             help="Folder of this installation: keys, credentials, context.toml.",
-            show_default=str(context.default_home()),
+            show_default=str(installation.default_home()),
+        ),
+    ] = None,
+    passphrase_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File whose first line opens your encrypted keys, for use without a terminal. "
+            f"Also {installation.PASSPHRASE_VARIABLE}.",
+        ),
+    ] = None,
+    operator_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Sign commands with this key instead of the one that context.toml names. "
+            f"Also {installation.OPERATOR_VARIABLE}.",
         ),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Remember the home for whichever area follows."""
-    context.set_home(home)
+    """Remember the home and the keys for whichever area follows."""
+    installation.begin(home, passphrase_file, operator_key)
 
 
 def refusals(error: BaseException) -> list[Refused]:
@@ -111,10 +132,14 @@ def explain(error: BaseException) -> str | None:
     """What to tell a person, or None for a defect of ours, whose traceback is wanted."""
     found = refusals(error)
     if found:
-        return "\n".join(
-            f"error: {r.reason}  [{r.code}]" + (f"\n  next: {r.next_step}" if r.next_step else "")
-            for r in found
+        return printing.lines(
+            "\n".join(
+                f"error: {r.reason}  [{r.code}]" + (f"\n  next: {r.next_step}" if r.next_step else "")
+                for r in found
+            )
         )
+    import nats.errors  # what raised one of its errors has imported it; nothing else should wait for it
+
     if isinstance(error, BaseExceptionGroup):
         inner = [explain(e) for e in error.exceptions]
         return inner[0] if inner and all(inner) else None
@@ -129,12 +154,24 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def _of_use(record: logging.LogRecord) -> bool:
+    return "returning true from eof_received()" not in record.getMessage()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
+    # asyncio says this of every connection whose TLS began after its protocol did, as the NATS client's does, when it ends.
+    logging.getLogger("asyncio").addFilter(_of_use)
     try:
         app(args=arguments, prog_name="loopback")
+    except SystemExit as end:
+        if (
+            end.code == EXIT_INTERRUPTED
+        ):  # typer's own answer to Ctrl-C, without a word, perhaps behind a prompt
+            typer.echo("\ninterrupted", err=True)
+        raise
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        typer.echo("\ninterrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         words = explain(error)

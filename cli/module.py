@@ -11,10 +11,9 @@ import msgspec
 import typer
 from tuf.api.metadata import Targets  # type: ignore[attr-defined]  # re-exported without saying so
 
-from loopback.cli import context, keys
+from loopback.cli import context, keys, moduleverify, printing, trustpublish
 from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refused
-from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Release, ReleasePublish
 from loopback.trust import package, signing
 from loopback.trust.package import PackageInfo
@@ -73,14 +72,18 @@ def publish_command(
 
 
 async def _publish(file: Path, channel: str) -> PackageInfo:
-    package.inspect(file)  # before anything is asked of a server
+    package.check_described(file, package.inspect(file))  # before anything is asked of a server
     async with context.connect() as session:
         return await publish(session, file, channel)
 
 
 async def publish(session: context.Session, file: Path, channel: str = "stable") -> PackageInfo:
-    """Verify and sign a package with its family's key, store it, and have delivery publish it. Raises Refused."""
+    """Verify and sign a package with its family's key, store it, and have delivery publish it. Raises Refused.
+
+    One without SBOM or provenance is not published, by delivery neither.
+    """
     info = await asyncio.to_thread(package.inspect, file)
+    await asyncio.to_thread(package.check_described, file, info)
     trusted = await keys.repository(session)
     metadata = await asyncio.to_thread(sign_release, session.context.home, trusted, info, channel)
     digest = await session.put_blob(await asyncio.to_thread(file.read_bytes))
@@ -122,53 +125,62 @@ def sign_release(
             f"{name} {version} is published already, with the digest {known.sha256[:12]}",
             "a version never changes: build it under a new one",
         )
-    key_file = keys.offline_key(home, role)
-    if not key_file.exists():
-        raise Refused(
-            Code.SIGNATURE_INVALID,
-            f"there is no key for releases of {name}: {key_file}",
-            f"make one with 'loopback keys family {name}', or plug in the medium that has it",
-        )
+    entitled = signing.role_keys(signing.parse(Targets, trusted.metadata("targets")), role)
+    signers = trustpublish.opened_or_refuse(
+        home,
+        entitled,
+        f"releases of {name}",
+        f"plug in the medium that has it (--offline, LOOPBACK_OFFLINE), or make one: 'loopback keys family {name}'",
+    )
     targets = signing.parse(Targets, trusted.metadata(role))
     targets.version += 1
     targets.expires = ((now or datetime.now(UTC)) + signing.TARGETS_LIFE).replace(microsecond=0)
     targets.targets[path] = signing.release(path, info.digest, info.size, version, channel)
-    return {signing.filename(role, targets.version): signing.sign(targets, SigningKey.load(key_file))}
+    return {signing.filename(role, targets.version): signing.sign(targets, *signers)}
 
 
 @app.command("verify")
-def verify_command(file: Annotated[Path, typer.Argument(help="A package.")]) -> None:
-    """Check a package as a host does before it unpacks it; where the repository is at hand, its signature too."""
-    info = package.inspect(file)
-    manifest = info.manifest
-    typer.echo(f"ok  archive     canonical, {len(info.members)} plain files, {info.size} bytes")
-    typer.echo(f"ok  contents    every file has the digest that {package.DIGESTS} says")
-    typer.echo(
-        f"ok  manifest    {manifest.name} {manifest.version}, ABI {manifest.module.abi[0]}–{manifest.module.abi[1]}"
-    )
-    typer.echo(f"ok  asks for    {', '.join(manifest.module.capabilities) or 'no capabilities'}")
-    typer.echo(f"    sha256      {info.digest}")
-    if not (context.home() / "context.toml").exists():
-        typer.echo("--  signature   not checked: there is no installation here")
-        return
-    signed = asyncio.run(_signed(manifest.name, manifest.version))
-    if signed is None:
-        typer.echo("no  signature   not published: no key that counts has signed this version")
+def verify_command(
+    file: Annotated[Path, typer.Argument(help="A package.")],
+    root: Annotated[
+        Path | None, typer.Option(metavar="ROOT.json", help="Trust this root, without an installation.")
+    ] = None,
+    metadata: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the TUF metadata is, with --root.")
+    ] = None,
+    reproduce: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Build it again from the module's folder and compare.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Make every check of a package that a host or publisher makes, and say what each found.
+
+    ok: it holds · no: it does not · --: not checked. Exit code 0: nothing is wrong · 1: something is · 2: not to be checked.
+    """
+    if (root is None) != (metadata is None):
+        raise typer.BadParameter("--root and --metadata go together")
+    if not file.is_file():
+        package.inspect(file)  # a mistake in the call, and no package that is found wanting
+    if root is not None and metadata is not None:
+        find, why = moduleverify.offline(root, metadata), ""
+    elif (context.home() / "context.toml").exists():
+        find, why = moduleverify.online(), ""
+    else:
+        find, why = None, "not checked: no installation here; name --root and --metadata"
+    found = moduleverify.verify(file, find, why, reproduce)
+    if as_json:
+        typer.echo(msgspec.json.encode(found).decode())
+    else:
+        for check in found.checks:
+            code = f"  [{check.code}]" if check.code else ""
+            typer.echo(f"{check.answer:<2}  {check.name:<10}  {printing.printable(check.said)}{code}")
+        for check in found.checks:
+            if check.next_step:
+                typer.echo(f"next: {printing.printable(check.next_step)}", err=True)
+    if not found.ok:
         raise typer.Exit(1)
-    if signed != info.digest:
-        raise Refused(
-            Code.PACKAGE_DIGEST,
-            f"{manifest.name} {manifest.version} was published with the digest {signed[:12]}, this is {info.digest[:12]}",
-            "do not install it",
-        )
-    typer.echo(f"ok  signature   signed for {target_path(manifest.name, manifest.version)}")
-
-
-async def _signed(module: str, version: str) -> str | None:
-    async with context.connect() as session:
-        trusted = await keys.repository(session)
-        found = await asyncio.to_thread(trusted.find, target_path(module, version))
-        return found.sha256 if found else None
+    if found.unasked:
+        raise typer.Exit(2)
 
 
 @app.command("list")

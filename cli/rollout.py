@@ -16,12 +16,11 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from loopback.cli import context, fleetio, rolloutfile, rolloutview
+from loopback.cli import context, fleetio, keyring, rolloutapprove, rolloutfile, rolloutview, trusted
 from loopback.cli.rolloutfile import RolloutFile
-from loopback.contracts import envelope, rolloutplan, subjects
+from loopback.contracts import envelope, exposure, rolloutplan, subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.messages import (
-    HostPut,
     Policy,
     Release,
     RolloutAbort,
@@ -33,6 +32,7 @@ from loopback.contracts.messages import (
 )
 from loopback.contracts.rolloutfold import fold
 from loopback.contracts.rolloutstate import FINAL, Rollout, State, WaveState, Workspace
+from loopback.contracts.trustdoc import WorkspaceRules
 from loopback.modules.firewall import policy as firewall
 
 EXIT_CODES: Final = {
@@ -40,6 +40,7 @@ EXIT_CODES: Final = {
     State.ROLLED_BACK: 3,
     State.HALTED: 4,
     State.PAUSED: 4,
+    State.AWAITING_APPROVAL: 4,
     State.ROLLBACK_INCOMPLETE: 5,
     State.CANCELED: 6,
 }
@@ -53,7 +54,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     help="Rollouts: bring a version and a policy to hosts, wave by wave.\n\n"
-    "Exit codes of 'watch' and 'start --watch': 0 DONE · 3 ROLLED_BACK · 4 HALTED or PAUSED (a person is needed) · "
+    "Exit codes of 'watch' and 'start --watch': 0 DONE · 3 ROLLED_BACK · 4 HALTED, PAUSED or AWAITING_APPROVAL (a "
+    "person is needed) · "
     "5 ROLLBACK_INCOMPLETE · 6 CANCELED or refused by eligibility or delivery · 2 the command itself was refused.",
 )
 
@@ -181,7 +183,7 @@ async def prepare(session: context.Session, file: RolloutFile, serial: int | Non
         trial_s=file.trial_s,
         policy_name=file.policy.stem if file.policy else "",
     )
-    records = await fleetio.records(session, "host", HostPut, file.workspace)
+    records = await fleetio.hosts(session, file.workspace)
     hosts = {record.host: dict(record.labels) for record in records}
     try:
         rolloutplan.check(command)
@@ -196,23 +198,18 @@ def plan(file: File, policy_serial: Serial = None, json: fleetio.Json = False) -
     """Show who would get it when, and what the signature would permit at most. Changes nothing."""
     read = rolloutfile.load(file)
 
-    async def run() -> _Prepared:
+    async def run() -> tuple[_Prepared, WorkspaceRules]:
         async with context.connect() as session:
-            return await prepare(session, read, policy_serial)
+            prepared = await prepare(session, read, policy_serial)
+            return prepared, (await trusted.trusted(session)).trust.rules(read.workspace)
 
-    found = asyncio.run(run())
-    command, scope = found.command, found.command.scope
+    found, rules = asyncio.run(run())
+    command = found.command
     members = rolloutplan.members(command, found.hosts)
     waves = rolloutplan.plan(command.waves, members)
     at_once = max(1, rolloutplan.share(command.max_unavailable, len(members)))
-    exposure = {
-        "hosts": sorted(m.host for m in members),
-        "packages": scope.packages,
-        "absent": scope.absent,
-        "policy_serial": scope.policy_serial,
-        "until": scope.not_after,
-        "roles_needed": ["releaser", *(["author"] if found.policy else [])],
-    }
+    second = ["approver (another operator)"] if rules.regulated else []
+    found_exposure = exposure.exposure(command, rules, [m.host for m in members])
     if json:
         fleetio.print_json(
             {
@@ -222,7 +219,9 @@ def plan(file: File, policy_serial: Serial = None, json: fleetio.Json = False) -
                 "version": command.version,
                 "waves": [{"name": w.name, "hosts": list(w.hosts), "soak_s": w.soak_s} for w in waves],
                 "at_once": at_once,
-                "exposure": exposure,
+                "regulated": rules.regulated,
+                "roles_needed": ["releaser", *(["author"] if found.policy else []), *second],
+                "exposure": msgspec.to_builtins(found_exposure),
             }
         )
         return
@@ -232,12 +231,14 @@ def plan(file: File, policy_serial: Serial = None, json: fleetio.Json = False) -
         typer.echo(f"  {wave.name}: {len(wave.hosts)} hosts{soak}: {', '.join(wave.hosts[:8])}"
                    + (" …" if len(wave.hosts) > 8 else ""))  # fmt: skip
     typer.echo(f"  at most {at_once} in flight; a silent host fails after {command.host_deadline_s:g} s")
-    typer.echo("exposure: whoever stole activation's key could, until the scope ends,")
-    what = "take the module away from" if scope.absent else f"bring {', '.join(scope.packages)} to"
-    with_policy = f", with this policy (serial {scope.policy_serial})" if found.policy else ""
-    typer.echo(
-        f"  {what} these {len(members)} hosts at once{with_policy}, until {scope.not_after:%Y-%m-%d %H:%M} UTC; nothing else"
+    approval = (
+        "is regulated: another operator has to approve it"
+        if second
+        else "is not regulated: one signature is enough"
     )
+    typer.echo(f"  {command.workspace} {approval}")
+    for line in rolloutview.exposed(found_exposure):
+        typer.echo(line)
     typer.echo(f"next: loopback rollout start {file} --watch", err=True)
 
 
@@ -268,9 +269,16 @@ def start(
                 typer.echo(
                     f"rollout {read.rollout} is created for {result.detail.get('hosts')} hosts", err=True
                 )
-                typer.echo(
-                    f"next: loopback rollout watch {read.rollout} --workspace {read.workspace}", err=True
-                )
+                if result.detail.get("approvals_needed"):
+                    typer.echo("it waits for another operator's approval", err=True)
+                    typer.echo(
+                        f"next: loopback rollout approve {read.rollout} --workspace {read.workspace}",
+                        err=True,
+                    )
+                else:
+                    typer.echo(
+                        f"next: loopback rollout watch {read.rollout} --workspace {read.workspace}", err=True
+                    )
                 return 0
             return await _watch(session, read.workspace, read.rollout, json)
 
@@ -294,6 +302,53 @@ def _steer(command: type[RolloutPause | RolloutResume | RolloutAbort], rollout: 
         fleetio.print_json({"rollout": rollout, "workspace": place, "accepted": said})
     typer.echo(f"rollout {rollout} {said}", err=True)
     typer.echo(f"next: loopback rollout watch {rollout} --workspace {place}", err=True)
+
+
+@app.command("approve")
+def approve(
+    rollout: Id,
+    workspace: In = None,
+    reason: Why = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Sign without asking.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Show every line of the policy that changes.")] = False,
+    json: fleetio.Json = False,
+) -> None:
+    """Give a rollout that somebody else started the second signature; shows first what is signed.
+
+    Everything shown was verified here, against the trust document: nothing of it is activation's word. Exit codes: 0 approved ·
+    1 you said no · 2 refused.
+    """
+
+    async def run() -> bool:
+        async with context.connect() as session:
+            place = await fleetio.only_workspace(session, workspace)
+            state = await folded(session, place)
+            found = await rolloutapprove.review(session, state, find(state, rollout))
+            typer.echo(rolloutapprove.words(found, whole_diff=diff), err=json)
+            command = rolloutapprove.command(found, context.new_command_fields(place), reason)
+            if not yes and not _confirmed(rollout):
+                return False
+            await session.send(command, "activation")
+            if json:
+                fleetio.print_json(rolloutapprove.plain(found) | {"approved": True})
+            typer.echo(f"rollout {rollout} is approved", err=True)
+            typer.echo(f"next: loopback rollout watch {rollout} --workspace {place}", err=True)
+            return True
+
+    if not asyncio.run(run()):
+        typer.echo("nothing was signed", err=True)
+        raise typer.Exit(1)
+
+
+def _confirmed(rollout: str) -> bool:
+    if not sys.stdin.isatty():
+        raise Refused(
+            Code.COMMAND_UNAUTHORISED,
+            "nobody is there to confirm it: this is no terminal",
+            f"read what it says, then 'loopback rollout approve {rollout} --yes'",
+        )
+    with keyring.answering():
+        return typer.confirm("sign this?", err=True)
 
 
 @app.command("pause")
@@ -333,10 +388,10 @@ def list_rollouts(workspace: In = None, json: fleetio.Json = False) -> None:
         fleetio.print_json(found)
         return
     fleetio.table(
-        ("ROLLOUT", "WORKSPACE", "MODULE", "VERSION", "STATE", "HOSTS", "PROMOTED", "FAILED", "CREATED"),
+        ("ROLLOUT", "WORKSPACE", "MODULE", "VERSION", "STATE", "HOSTS", "PROMOTED", "FAILED", "CREATED", "BY", "APPROVED"),
         [
             (r["rollout"], r["workspace"], r["module"], r["version"], r["state"], str(r["hosts"]), str(r["promoted"]),
-             str(r["failed"]), f"{r['created_at']:%Y-%m-%d %H:%M:%S}")
+             str(r["failed"]), f"{r['created_at']:%Y-%m-%d %H:%M:%S}", ",".join(r["started_by"]), ",".join(r["approved_by"]))
             for r in found
         ],
     )  # fmt: skip
@@ -379,6 +434,8 @@ def _over(rollout: Rollout | None) -> bool:
         # After a failed wave the way back follows in the same decision, unless the operator said to halt.
         failed = any(wave.state is WaveState.FAILED for wave in rollout.waves)
         return rollout.start.scope.on_failure == "halt" or not failed
+    if rollout.state is State.AWAITING_APPROVAL:
+        return rollout.judged or rollout.start.scope.absent  # a verdict may still end it
     return rollout.state in FINAL or rollout.state is State.PAUSED or bool(rollout.broken)
 
 
@@ -417,6 +474,8 @@ async def _watch(session: context.Session, workspace: str, name: str, json: bool
         typer.echo(rolloutview.words(rollout), err=True)
     if rollout.state is State.PAUSED:
         typer.echo(f"next: loopback rollout resume {name}, or abort {name}", err=True)
+    elif rollout.state is State.AWAITING_APPROVAL:
+        typer.echo(f"next: {rolloutview.approve_next(rollout)} (another operator)", err=True)
     elif rollout.state is State.HALTED:
         typer.echo(f"next: loopback rollout abort {name} takes the updated hosts back", err=True)
     return EXIT_CODES.get(rollout.state, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -10,14 +11,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from loopback.cli import printing
 from loopback.contracts import journal
 from loopback.contracts.codes import Refusal
 from loopback.contracts.desired import Running
+from loopback.contracts.exposure import Exposure
 from loopback.contracts.reports import Phase
 from loopback.contracts.rolloutstate import HostProgress, Rollout, Standing, State, WaveProgress, WaveState
 
 _COLOURS = {
-    State.DONE: "green", State.RUNNING: "cyan", State.PAUSED: "yellow", State.HALTED: "red",
+    State.AWAITING_APPROVAL: "yellow", State.DONE: "green", State.RUNNING: "cyan", State.PAUSED: "yellow", State.HALTED: "red",
     State.ROLLING_BACK: "yellow", State.ROLLED_BACK: "yellow", State.ROLLBACK_INCOMPLETE: "red", State.CANCELED: "red",
 }  # fmt: skip
 
@@ -33,6 +36,8 @@ def summary(rollout: Rollout) -> dict[str, Any]:
         "hosts": len(rollout.hosts) or len(rollout.members),
         "promoted": rollout.counts[Standing.PROMOTED],
         "failed": rollout.counts[Standing.FAILED],
+        "started_by": list(rollout.created.operators),
+        "approved_by": list(rollout.approved_by),
         "created_at": rollout.created_at,
         "ended_at": rollout.ended_at,
     }
@@ -46,6 +51,7 @@ def full(rollout: Rollout) -> dict[str, Any]:
         "refusal": _refusal(rollout.refusal),
         "by": list(rollout.by),
         "operators": list(rollout.created.operators),
+        "approvals": {"needed": rollout.created.approvals_needed, "by": list(rollout.approved_by)},
         "command": rollout.created.command,
         "package": rollout.created.package,
         "policy": rollout.created.policy,
@@ -101,6 +107,11 @@ def words(rollout: Rollout) -> str:
     created = rollout.created
     what = f"{created.module} {created.version}" if created.package else f"{created.module} absent"
     lines = [f"{rollout.id}  {rollout.state}  {what}  by {', '.join(created.operators)}"]
+    if rollout.approved_by:
+        lines.append(f"  approved by {', '.join(rollout.approved_by)}")
+    if rollout.state is State.AWAITING_APPROVAL:
+        lines.append(f"  waits until {_until(rollout)} for another operator's approval")
+        lines.append(f"  next: {approve_next(rollout)}")
     if rollout.broken:
         lines.append(f"  its journal is broken: {rollout.broken}")
     if rollout.reason:
@@ -121,7 +132,26 @@ def words(rollout: Rollout) -> str:
         lines.append(f"    {host}  skipped: {refusal.reason}  [{refusal.code}]")
     if rollout.trace_id:
         lines.append(f"  trace {rollout.trace_id}")
-    return "\n".join(lines)
+    return "\n".join(map(printing.printable, lines))
+
+
+def approve_next(rollout: Rollout) -> str:
+    """The command that another operator has to run."""
+    return f"loopback rollout approve {rollout.id} --workspace {rollout.workspace}"
+
+
+def _until(rollout: Rollout) -> str:
+    return rollout.start.scope.not_after.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def exposed(found: Iterable[Exposure]) -> list[str]:
+    """What a signature permits, in lines."""
+    items = list(found)
+    lines = ["exposure: with this signature, whoever had activation's key could"]
+    lines += [f"  + {item.says}  [{item.id}]" for item in items if item.can]
+    lines.append("and could not")
+    lines += [f"  - {item.says}  [{item.id}]" for item in items if not item.can]
+    return lines
 
 
 def _counts(wave: WaveProgress) -> str:
@@ -136,7 +166,7 @@ Shown = dict[str, tuple[Phase, str]]
 def line(rollout: Rollout, link: journal.Link, shown: Shown) -> str:
     """One event for a plain log; empty for those that say nothing to a person, or nothing new. Keeps `shown`."""
     at = link.at.strftime("%H:%M:%S")
-    return f"{at}  {said}" if (said := _said(rollout, link.event, shown)) else ""
+    return printing.printable(f"{at}  {said}") if (said := _said(rollout, link.event, shown)) else ""
 
 
 def _observed(event: journal.Observed, shown: Shown) -> str:
@@ -162,7 +192,10 @@ def _said(rollout: Rollout, event: journal.AnyEvent, shown: Shown) -> str:
     match event:
         case journal.Created():
             what = f"{event.module} {event.version or 'absent'}"
-            return f"created: {what} for {len(event.members)} hosts{_by(event.operators)}"
+            waits = ", waits for another operator's approval" if event.approvals_needed else ""
+            return f"created: {what} for {len(event.members)} hosts{_by(event.operators)}{waits}"
+        case journal.Approved():
+            return f"approved{_by(event.operators)}"
         case journal.VerdictGiven(verdict=verdict):
             against = f"no: {verdict.refusal.reason}" if verdict.refusal else "yes"
             some = f", but not for {len(verdict.refused)} hosts" if verdict.refused else ""

@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import tomllib
@@ -19,7 +20,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
-from loopback.cli import context, creds, keys
+from loopback.cli import certificates, context, creds, keys
 from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.keys import SigningKey
@@ -201,7 +202,7 @@ async def seed_repository(bus: Bus, home: Path) -> None:
         )
 
 
-def _save_context(home: Path, url: str) -> None:
+def save_context(home: Path, url: str) -> None:
     """Let the operator's command find this broker; which operator it is stays as it was."""
     path = home / "context.toml"
     known = tomllib.loads(path.read_text()) if path.exists() else {}
@@ -243,22 +244,31 @@ async def running(
     replicas: int = 1,
     services: tuple[str, ...] = subjects.SERVICES,
     otlp: str = "",
+    tls: bool = False,
     say: Say = log.info,
 ) -> AsyncIterator[Installation]:
     """Everything, until the block ends; then services and broker end in reverse order.
 
-    The block begins once every service is ready. Raises Refused where something does not start.
+    The block begins once every service is ready. `tls` makes certificates, and from then on the home's broker speaks
+    TLS alone. Raises Refused where something does not start.
     """
     with alone(home):
+        if _keep_certificates(home, listen, tls):
+            say(
+                f"made a certificate for the broker in {home / 'tls'}; hosts elsewhere need ca.pem from there"
+            )
         if prepare(home, listen):
-            say(f"made keys, credentials and the first trust document in {home}")
+            say(
+                f"made keys, credentials and the first trust document in {home}; the keys are UNENCRYPTED, for trying out "
+                "('loopback keys init' in a new --home makes encrypted ones)"
+            )
         async with Broker(home, listen=listen) as broker, asyncio.TaskGroup() as group:
             say(f"broker on {broker.url} (log: {home / 'nats' / 'nats.log'})")
             admin = Settings(url=broker.url, creds=home / "creds" / "admin.creds", home=home)
             async with await Bus.connect(admin) as bus:
                 await streams.ensure(bus)
                 await seed_repository(bus, home)
-            _save_context(home, broker.url)
+            save_context(home, broker.url)
             installation = Installation(home, broker)
             tasks = [group.create_task(_keep_broker(broker, say))]
             for name in services:
@@ -274,6 +284,15 @@ async def running(
             finally:
                 for task in reversed(tasks):  # services first, and each waits for its process
                     task.cancel()
+
+
+def _keep_certificates(home: Path, listen: str, wanted: bool) -> bool:
+    """Have a certificate that is good a while, where TLS is wanted now or was once; whether one was made."""
+    folder = home / "tls"
+    if not wanted and not (folder / "server.pem").exists():
+        return False
+    names = {"localhost", "127.0.0.1", "::1", socket.gethostname(), listen.rpartition(":")[0].strip("[]")}
+    return certificates.keep(folder, "server", sorted(names))
 
 
 async def _keep_broker(broker: Broker, say: Say) -> None:

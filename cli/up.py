@@ -32,6 +32,13 @@ def up_command(
     no_services: Annotated[
         bool, typer.Option("--no-services", help="Only the broker; run services with 'loopback service'.")
     ] = False,
+    tls: Annotated[
+        bool,
+        typer.Option(
+            "--tls",
+            help="Encrypt the broker's connections, with certificates made and renewed here. It stays so.",
+        ),
+    ] = False,
     otlp_endpoint: Annotated[str, typer.Option(envvar=_OTLP_VARIABLE, help=_OTLP_HELP)] = "",
 ) -> None:
     """Run the broker and the four services on this machine until Ctrl-C.
@@ -40,10 +47,12 @@ def up_command(
     """
     _log_to_stderr(logging.WARNING)
     services = () if no_services else subjects.SERVICES
-    asyncio.run(_up(context.home(), listen, replicas, services, otlp_endpoint))
+    asyncio.run(_up(context.home(), listen, replicas, services, otlp_endpoint, tls=tls))
 
 
-async def _up(home: Path, listen: str, replicas: int, services: tuple[str, ...], otlp: str) -> None:
+async def _up(
+    home: Path, listen: str, replicas: int, services: tuple[str, ...], otlp: str, *, tls: bool
+) -> None:
     began = time.monotonic()
     asked, serving = asyncio.Event(), asyncio.Event()
     main = asyncio.current_task()
@@ -62,7 +71,7 @@ async def _up(home: Path, listen: str, replicas: int, services: tuple[str, ...],
 
     try:
         async with supervise.running(
-            home, listen=listen, replicas=replicas, services=services, otlp=otlp, say=say
+            home, listen=listen, replicas=replicas, services=services, otlp=otlp, tls=tls, say=say
         ):
             serving.set()
             say("ready; Ctrl-C stops it. Next, in another terminal: loopback workspace put NAME")
@@ -83,6 +92,12 @@ def service_command(
         Path | None, typer.Option(help="Credentials file; default: the installation's for this service.")
     ] = None,
     root: Annotated[Path | None, typer.Option(help="Pinned TUF root; default: the installation's.")] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="Certificate authority of the broker, with a tls:// URL; default: the installation's."
+        ),
+    ] = None,
     instance: Annotated[str, typer.Option(help="Tells replicas on one home apart.")] = "1",
     http_host: Annotated[str, typer.Option(help="Where it serves /livez, /readyz, /metrics.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 0,
@@ -102,6 +117,7 @@ def service_command(
         creds=creds or home / "creds" / f"{name}.creds",
         home=home,
         root=root,
+        ca=ca,
         otlp_endpoint=otlp_endpoint,
         http_host=http_host,
         http_port=http_port,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 import typer
@@ -40,8 +40,15 @@ def _only_one() -> Iterator[None]:
         yield
 
 
+class _Before(NamedTuple):
+    """What the kernel had of maps, programs and links: with their names, and only counted up."""
+
+    objects: set[str]
+    ids: set[tuple[str, int]]
+
+
 async def _play(
-    out: Path, show: Timeline, kernel_refuses: str, before: set[str]
+    out: Path, show: Timeline, kernel_refuses: str, before: _Before
 ) -> tuple[Story, bool, set[str]]:
     """The story, whether it was played to its end, and the names of what it put into the kernel."""
     async with OtlpReceiver() as receiver:
@@ -60,15 +67,16 @@ async def _play(
         except Refused as refused:
             show.bad(f"{refused.reason} [{refused.code}] {refused.next_step}")
         finally:
-            made = {network.name_of(found) for found in network.kernel_objects() - before}
+            made = {network.name_of(found) for found in network.kernel_objects() - before.objects}
             await stage.stop()
     return story, finished, made
 
 
-def _residue(before: set[str], made: set[str], bpf: Path) -> list[str]:
+def _residue(before: _Before, made: set[str], bpf: Path) -> list[str]:
     """What the demo left in the kernel, after giving it time to free what nobody refers to.
 
-    Other software may load programs meanwhile, so only objects named as the demo's own were count.
+    Other software may load programs meanwhile, so only objects named as the demo's own were count. Names are asked for last:
+    that opens each object, which one that is just going does not bear (see `loader.object_ids`).
     """
     deadline = time.monotonic() + VANISH_S
     while True:
@@ -76,10 +84,15 @@ def _residue(before: set[str], made: set[str], bpf: Path) -> list[str]:
             *network.namespaces(),
             *network.pins(bpf),
             *([f"mount {bpf}"] if os.path.ismount(bpf) else []),
-            *sorted(o for o in network.kernel_objects() - before if network.name_of(o) in made),
         ]
-        if not left or time.monotonic() > deadline:
-            return left
+        fresh = loader.object_ids() - before.ids
+        if not left and not fresh:
+            return []
+        if time.monotonic() > deadline:
+            return [
+                *left,
+                *sorted(o for o in network.kernel_objects() - before.objects if network.name_of(o) in made),
+            ]
         time.sleep(0.2)
 
 
@@ -104,7 +117,7 @@ def demo_command(
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         refuses = loader.why_unsupported()
-        before = network.kernel_objects()
+        before = _Before(network.kernel_objects(), loader.object_ids())
         story: Story | None = None
         finished = False
         made: set[str] = set()
@@ -134,7 +147,7 @@ def demo_command(
     sys.exit(0 if held else 1)
 
 
-def _clean(before: set[str], made: set[str], out: Path) -> list[str]:
+def _clean(before: _Before, made: set[str], out: Path) -> list[str]:
     network.remove()
     network.unmount_bpf(out / "bpf")
     return _residue(before, made, out / "bpf")

@@ -55,16 +55,17 @@ class Stage:
         return process
 
     async def loopback(
-        self, *words: str, quiet: bool = False, check: bool = True, live: bool = False
+        self, *words: str, quiet: bool = False, check: bool = True, live: bool = False, namespace: str = ""
     ) -> tuple[int, str]:
         """Run the operator's command as a person would; returns exit code and standard output.
 
-        With `live`, its lines are shown as they come.
+        With `live`, its lines are shown as they come; with `namespace`, it runs there.
         Raises Refused with what it said on standard error when `check` and it failed.
         """
         if not quiet:
             self.show.command("loopback " + " ".join(words))
         process = await asyncio.create_subprocess_exec(
+            *(network.enter(namespace) if namespace else ()),
             *(sys.executable, "-m", "loopback.cli.main", *words),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loopback.cli.demo import network, policies
+from loopback.cli.demo.reading import drops, firewall_of, running_of
 from loopback.cli.demo.show import Timeline
 from loopback.cli.demo.stage import Stage, Talker, children_of, edit_toml
 from loopback.cli.demo.summary import HostLine, RolloutLine, Summary, Swap, WaveLine
@@ -121,9 +122,12 @@ class Story:
                 "--address",
                 network.address6(number),
             ]
-            await stage.loopback(
-                "host", "add", name, "--workspace", WORKSPACE, *words, "--out", str(out), quiet=number > 1
-            )
+            if name == HOSTS[-1]:
+                await self._enrol(name, words, out)
+            else:
+                await stage.loopback(
+                    "host", "add", name, "--workspace", WORKSPACE, *words, "--out", str(out), quiet=number > 1
+                )
             edit_toml(out / "host.toml", {"firewall": {"interfaces": ["eth0"], "bpf_root": str(stage.bpf)}})
             await stage.start_host(name)
         self.show.command(
@@ -145,6 +149,16 @@ class Story:
         self.client = Talker(process)
         for talker in (*self.servers.values(), self.client):
             await talker.ask()
+
+    async def _enrol(self, name: str, words: list[str], out: Path) -> None:
+        """The better way in: a one-time token, and a key that is made on the host and never leaves it."""
+        stage = self.stage
+        _, token = await stage.loopback("host", "invite", name, "--workspace", WORKSPACE, *words)
+        file = stage.out / f"{name}.token"
+        file.touch(mode=0o600)
+        file.write_text(token)
+        enroll = ("host", "enroll", "--token-file", str(file), "--out", str(out))
+        await stage.loopback(*enroll, namespace=network.host_namespace(name))
 
     async def _all_joined(self) -> bool:
         seen = {host["host"]: host for host in await self.stage.json("hosts", "--workspace", WORKSPACE)}
@@ -234,8 +248,8 @@ class Story:
     async def _enforcing(self, version: str) -> bool:
         async def all_enforce() -> bool:
             fleet = await self._fleet()
-            found = [_firewall(fleet[name]) for name in HOSTS]
-            return all(m.get("enforcing") and _running(m).get("version") == version for m in found)
+            found = [firewall_of(fleet[name]) for name in HOSTS]
+            return all(m.get("enforcing") and running_of(m).get("version") == version for m in found)
 
         return bool(await self.stage.until(f"enforcement of {version} everywhere", all_enforce, poll=0.5))
 
@@ -310,7 +324,7 @@ class Story:
 
     async def _drops(self) -> float:
         fleet = await self._fleet()
-        return sum(drops(_firewall(fleet[name]).get("metrics", {})) for name in HOSTS)
+        return sum(drops(firewall_of(fleet[name]).get("metrics", {})) for name in HOSTS)
 
     # (d)
     async def swap(self) -> None:
@@ -333,7 +347,9 @@ class Story:
             name, text = ("odd", policies.odd()) if turn % 2 == 0 else ("even", policies.even())
             await self.rollout(f"swap-{turn + 1}", "1.0.0", name, text, expect="DONE", trial="1s")
             fleet = await self._fleet()
-            commits += sum(1 for host in HOSTS if _firewall(fleet[host]).get("rollout") == f"swap-{turn + 1}")
+            commits += sum(
+                1 for host in HOSTS if firewall_of(fleet[host]).get("rollout") == f"swap-{turn + 1}"
+            )
             self.show.say(f"policy '{name}' committed on {commits - turn * len(HOSTS)} hosts under the flood")
         sent = sum((await self.client.ask({"do": "stop"})).values())
         mixed = await self._arrived(f"udp/{policies.MIXED_UDP}") - mixed_before
@@ -407,7 +423,7 @@ class Story:
         await self.stage.start_host(victim)
 
         async def adopted() -> bool:
-            found = _firewall((await self._fleet())[victim])
+            found = firewall_of((await self._fleet())[victim])
             return bool(found.get("adopted") and found.get("enforcing"))
 
         crash = self.summary.crash
@@ -427,8 +443,8 @@ class Story:
         """What runs where, and the trace of the first rollout."""
         fleet = await self._fleet()
         for name in HOSTS:
-            module = _firewall(fleet[name])
-            running = _running(module)
+            module = firewall_of(fleet[name])
+            running = running_of(module)
             self.summary.hosts.append(
                 HostLine(
                     id=name,
@@ -477,16 +493,3 @@ class Story:
 
 def _ports(ports: tuple[int, ...]) -> str:
     return ",".join(map(str, ports))
-
-
-def _firewall(host: dict[str, Any]) -> dict[str, Any]:
-    return next((module for module in host.get("modules", []) if module["module"] == "firewall"), {})
-
-
-def _running(module: dict[str, Any]) -> dict[str, Any]:
-    return module.get("promoted") or {}
-
-
-def drops(metrics: dict[str, float]) -> float:
-    """Packets that the firewall dropped, by rule or by default, from a module's metrics."""
-    return metrics.get("loopback_firewall_dropped_packets_total", 0.0)
