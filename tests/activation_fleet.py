@@ -22,8 +22,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from support import Place, eventually
 from support_fleet import OPERATOR, WORKSPACE, FakeHost, World, world
+from support_trust import MemoryRepository
 
-from loopback.contracts import desired, envelope, journal, subjects
+from loopback.contracts import desired, envelope, journal, subjects, trustdoc
 from loopback.contracts.codes import Code, Refusal
 from loopback.contracts.desired import DesiredModule, DesiredState, Running
 from loopback.contracts.keys import SigningKey
@@ -36,7 +37,10 @@ from loopback.services._runtime.bus import Bus, Outgoing
 from loopback.services._runtime.service import Service
 from loopback.services._runtime.settings import read_identity
 from loopback.services.activation import app
+from loopback.trust import blobs, signing
+from loopback.trust.repository import target_path
 
+RELEASES = (("1.0.0", "a" * 64), ("1.1.0", "b" * 64))  # of the firewall
 Behaviour = Callable[["SimHost", DesiredModule], tuple[Phase, Code | None]]
 
 
@@ -187,6 +191,7 @@ class Fleet:
         self.world = made
         self.place = made.place
         self.trust = FixedTrust()
+        self.repository = MemoryRepository()
         self.hosts: dict[str, SimHost] = {}
         self.replicas: list[Replica] = []
         self.state = Workspace(WORKSPACE)
@@ -217,6 +222,31 @@ class Fleet:
         self.replicas.append(made)
         return made
 
+    async def govern(self, document: TrustDocument) -> None:
+        """Publish this trust document and the releases as delivery would, and have every replica judge by it."""
+        repository = self.repository
+        repository.trust = msgspec.json.encode(document)
+        repository.targets.targets[trustdoc.TARGET] = signing.target(trustdoc.TARGET, repository.trust)
+        repository.targets.version += 1
+        for version, package in RELEASES:
+            path = target_path("firewall", version)
+            repository.releases.targets[path] = signing.release(path, package, 10, version, "stable")
+        repository.releases.version += 1
+        repository.publish(datetime.now(UTC))
+        await self.put_blob(repository.trust)
+        for name, data in repository.files.items():
+            await self.admin.publish(Outgoing(subjects.tuf(name), data))
+        root = self.place.home / "tuf" / "root.json"
+        root.parent.mkdir(exist_ok=True)
+        root.write_bytes(repository.pinned)
+        self.trust.trust = Trust(document)
+
+    async def put_blob(self, data: bytes) -> str:
+        """Content of one chunk."""
+        digest = hashlib.sha256(data).hexdigest()
+        await self.admin.publish(Outgoing(subjects.blob(digest, 0), data, blobs.headers(len(data))))
+        return digest
+
     async def publish_release(self, module: str, version: str, package: str) -> None:
         release = Release(
             module=module, version=version, digest=package, size=10, target="t", channel="stable",
@@ -240,7 +270,8 @@ class Fleet:
                     return msgspec.json.decode(found.data, type=Result)
             return None
 
-        found = await eventually(stored)
+        # A command that races a thousand writes is decided again and again; on a busy machine that takes its time.
+        found = await eventually(stored, 90)
         assert found is not None
         return found
 
@@ -307,7 +338,7 @@ async def fleet(place: Place, *hosts: str, replicas: int = 1) -> AsyncIterator[F
         await found.open()
         try:
             await found.add_hosts(*hosts)
-            for version, package in (("1.0.0", "a" * 64), ("1.1.0", "b" * 64)):
+            for version, package in RELEASES:
                 await found.publish_release("firewall", version, package)
             following = asyncio.create_task(found.follow())
             try:

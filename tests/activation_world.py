@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,8 +11,9 @@ import msgspec
 from loopback.contracts import envelope, journal, rolloutplan
 from loopback.contracts.codes import Code, Refusal
 from loopback.contracts.desired import DesiredState, Running
+from loopback.contracts.envelope import Envelope
 from loopback.contracts.keys import SigningKey
-from loopback.contracts.messages import Presence, RolloutStart, Scope, Selector, Verdict, Wave
+from loopback.contracts.messages import Presence, RolloutApprove, RolloutStart, Scope, Selector, Verdict, Wave
 from loopback.contracts.reports import ModuleStatus, Phase, Status
 from loopback.contracts.rolloutfold import fold
 from loopback.contracts.rolloutstate import Rollout, Standing, State, Workspace
@@ -20,6 +22,7 @@ from loopback.services.activation import documents, facts
 
 T0 = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
 OPERATOR = SigningKey.from_raw(bytes(range(32)))
+APPROVER = SigningKey.from_raw(bytes(range(2, 34)))
 ACTIVATION = SigningKey.from_raw(bytes(range(1, 33)))
 PACKAGES = {"1.0.0": "a" * 64, "1.1.0": "b" * 64, "1.2.0": "c" * 64}
 
@@ -53,6 +56,20 @@ def start_command(rollout: str, at: datetime, **changes: Any) -> RolloutStart:
     return RolloutStart(**(fields | changes))
 
 
+def approval_command(rollout: Rollout, at: datetime, key: SigningKey = APPROVER, **changes: Any) -> Envelope:
+    """An operator's signed approval of a rollout. `changes` replace fields."""
+    fields: dict[str, Any] = {
+        "id": f"approve-{rollout.id}",
+        "workspace": rollout.workspace,
+        "issued_at": at,
+        "expires_at": at + timedelta(hours=1),
+        "rollout": rollout.id,
+        "start": hashlib.sha256(envelope.payload_of(rollout.created.envelope)).hexdigest(),
+    }
+    command = RolloutApprove(**(fields | changes))
+    return envelope.seal(envelope.COMMAND, msgspec.json.encode(command), key)
+
+
 class World:
     """One workspace with hosts, its journal in `log`, and the desired states that were written in `desired`."""
 
@@ -72,25 +89,24 @@ class World:
     def write(self, rollout: str, *events: journal.AnyEvent) -> None:
         found = self.workspace.rollouts.get(rollout)
         chain = documents.Chain.of(found) if found else documents.Chain("prod", rollout, 0, "")
-        links = []
+        drafts = [chain.seal(event, self.now, "") for event in events]
+        count, head = documents.extended(self.workspace, drafts)
         for event in events:
-            draft = chain.seal(event, self.now, "")
-            links.append(draft.data)
             if isinstance(event, journal.Assigned):
                 assert found is not None
                 states = documents.desired(
-                    self.workspace, found, event, head=chain.head, records=lambda h: None,
+                    self.workspace, found, event, head=head, links=count, records=lambda h: None,
                     environment="production", at=self.now,
                 )  # fmt: skip
                 for state in list(states):
                     before = self.desired.setdefault(state.host, [])
                     assert not before or state.generation > before[-1].generation
                     before.append(state)
-        for data in links:
-            assert fold(self.workspace, data) is not None
-            self.log.append(data)
+        for draft in drafts:
+            assert fold(self.workspace, draft.data) is not None
+            self.log.append(draft.data)
 
-    def create(self, rollout: str = "r1", **changes: Any) -> Rollout:
+    def create(self, rollout: str = "r1", *, approvals_needed: int = 0, **changes: Any) -> Rollout:
         start = start_command(rollout, self.now, **changes)
         rolloutplan.check(start)
         self.write(
@@ -108,9 +124,15 @@ class World:
                 policy=start.scope.policy,
                 policy_serial=start.scope.policy_serial,
                 traceparent="00-" + "1" * 32 + "-" + "2" * 16 + "-01",
+                approvals_needed=approvals_needed,
             ),
         )
         return self.rollout(rollout)
+
+    def approve(self, rollout: str = "r1", by: str = "ben") -> None:
+        """Another operator approves it, and activation found that in order."""
+        signed = approval_command(self.rollout(rollout), self.now)
+        self.write(rollout, journal.Approved(envelope=signed, keyids=(APPROVER.keyid,), operators=(by,)))
 
     def verdict(
         self, rollout: str = "r1", refused: dict[str, Refusal] | None = None, delivery: Refusal | None = None
@@ -161,7 +183,8 @@ class World:
     def status(
         self, host: str, phase: Phase, promoted: Running | None, *, generation: int | None = None,
         code: Code | None = None, health: Any = "ok", incarnation: str = "one", seq: int | None = None,
-        module: str = "firewall", empty: bool = False,
+        module: str = "firewall", empty: bool = False, document: int | None = None,
+        doubt: Code | None = None,
     ) -> Status:  # fmt: skip
         if seq is None:
             seq = self.seqs[host] = self.seqs.get(host, 0) + 1
@@ -178,7 +201,8 @@ class World:
         )
         return Status(
             host=host, workspace="prod", incarnation=incarnation, seq=seq, at=self.now, agent="ok",
-            generation=last.generation if last else 0, modules=() if empty else (said,),
+            generation=document if document is not None else (last.generation if last else 0), modules=() if empty else (said,),
+            refusal=Refusal(doubt, "because") if doubt else None,
         )  # fmt: skip
 
     def report(self, host: str, phase: Phase, promoted: Running | None, **more: Any) -> bool:
@@ -224,3 +248,11 @@ class World:
 
     def assigned(self, rollout: str = "r1") -> list[str]:
         return [p.host for p in self.rollout(rollout).hosts.values() if p.standing is Standing.ASSIGNED]
+
+
+def upgraded(hosts: int = 4) -> World:
+    """A world in which every host runs 1.0.0 by an earlier rollout `r0`."""
+    world = World(hosts)
+    world.begin("r0")
+    assert world.finish("r0") is State.DONE
+    return world

@@ -22,6 +22,8 @@ from loopback.contracts import (
     codes,
     desired,
     envelope,
+    hostrecord,
+    identity,
     journal,
     messages,
     reports,
@@ -166,7 +168,18 @@ def goldens() -> Iterator[Golden]:
                 _hex,
                 lambda b=body, f=full: _frame(b, f),
             )
-    for payload_type in (envelope.COMMAND, envelope.POLICY, envelope.DESIRED, envelope.REPORT):
+    yield from _json(hostrecord.Claim)
+    yield from _json(identity.Enrol, identity.decode_enrol)
+    yield from _json(identity.Renew, identity.decode_renew)
+    yield from _json(identity.Granted, identity.decode_granted)
+    for payload_type in (
+        envelope.COMMAND,
+        envelope.POLICY,
+        envelope.DESIRED,
+        envelope.REPORT,
+        envelope.CLAIM,
+        envelope.RENEW,
+    ):
         short = payload_type.split(".")[-1].split("+")[0]
         yield Golden(
             f"envelope.{short}.json",
@@ -199,6 +212,8 @@ def subject_table() -> dict[str, str]:
         "tuf": subjects.tuf("2.root.json"),
         "direct_get": subjects.direct_get("LB_WS_prod", subjects.desired(ws, host)),
         "inbox": subjects.inbox(host),
+        "enrol": subjects.enrol(SHA),
+        "enrol_inbox": subjects.enrol_inbox(SHA),
         "view": view.subject(ws, host),
         "workspace_stream": subjects.workspace_stream(ws),
     }

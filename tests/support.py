@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 from nats.aio.client import Client
 
 from loopback.cli import creds
+from loopback.contracts.keys import SigningKey
 from loopback.services._runtime import streams
 from loopback.services._runtime.broker import Broker
 from loopback.services._runtime.bus import Bus
 from loopback.services._runtime.settings import Settings
+from loopback.trust import natsjwt
 
 T = TypeVar("T")
 DEADLINE_S = 20.0
@@ -87,6 +91,15 @@ class Place(ABC):
         (self.home / "creds" / f"{identity}.creds").write_text(creds.host_creds(self.home, workspace, name))
         return identity
 
+    def guest(self, keyid: str) -> str:
+        """Whoever holds the token of the invitation with this key id; the identity to connect with."""
+        account = natsjwt.public("account", creds.read_key(self.home, "account").public)
+        role, key = creds.read_key(self.home, "role-enrol"), SigningKey.generate()
+        token = natsjwt.user(role, account, key.public, keyid, (), datetime.now(UTC))
+        text = natsjwt.creds(token, natsjwt.seed("user", key))
+        (self.home / "creds" / f"guest-{keyid}.creds").write_text(text)
+        return f"guest-{keyid}"
+
     async def workspace(self, name: str) -> str:
         """Make a workspace's stream; its name."""
         await streams.ensure_workspace(await self.bus(), name)
@@ -120,3 +133,17 @@ class EmbeddedPlace(Place):
     async def close(self) -> None:
         await super().close()
         await self._broker.stop()
+
+
+@contextlib.asynccontextmanager
+async def background(*work: Awaitable[None]) -> AsyncIterator[None]:
+    """Run what runs for ever, until the block ends."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        yield
+        for task in tasks:
+            assert not task.done(), task
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

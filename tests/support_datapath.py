@@ -7,18 +7,19 @@ hook. Every probe carries a number of its own, and a marker that always passes f
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import itertools
 import os
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from datapath_veth import inside, take_frames_without_xdp
 from scapy.layers.inet import ICMP, IP, TCP, UDP, fragment
 from scapy.layers.inet6 import (
     ICMPv6DestUnreach,
@@ -35,6 +36,8 @@ from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet as Frame
 from scapy.packet import Raw
 
+from loopback.bpf import rtnl
+from loopback.bpf.flood import Flood
 from loopback.bpf.loader import ensure_bpffs
 from loopback.cli.firewall_judge import object_file
 from loopback.modules.firewall import policy as policies
@@ -50,11 +53,9 @@ __all__ = [
 HOST4, PEER4, OTHER4 = "10.77.0.1", "10.77.0.2", "10.77.0.3"
 HOST6, PEER6 = "fd77::1", "fd77::2"
 HOST_MAC, PEER_MAC = "02:77:00:00:00:01", "02:77:00:00:00:02"
-CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
 WAIT_S = 10.0
 
-_libc = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count(1)
 _objects: list[bytes] = []
 
@@ -64,19 +65,6 @@ def program() -> bytes:
     if not _objects:
         _objects.append(object_file())
     return _objects[0]
-
-
-@contextlib.contextmanager
-def inside(namespace: str) -> Iterator[None]:
-    """Be in a network namespace with this thread."""
-    with open("/proc/thread-self/ns/net") as before, open(f"/run/netns/{namespace}") as there:
-        if _libc.setns(there.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"setns {namespace}")
-        try:
-            yield
-        finally:
-            if _libc.setns(before.fileno(), CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "setns back")
 
 
 def policy_of(text: str) -> FirewallPolicy:
@@ -154,6 +142,29 @@ class World:
     def stop_adopting(self, datapath: Datapath) -> None:
         """End the time in which older TCP connections are taken over."""
         datapath._write_config(datapath._rate, 0)
+
+    def received(self) -> int:
+        """UDP packets that reached the host's stack, with or without a socket."""
+        script = "print(open('/proc/net/snmp').read())"
+        text = subprocess.run(
+            ["nsenter", f"--net=/run/netns/{self.host}", sys.executable, "-c", script],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        names, values = [line.split()[1:] for line in text.splitlines() if line.startswith("Udp:")]
+        found = dict(zip(names, map(int, values), strict=True))
+        return found["InDatagrams"] + found["NoPorts"]
+
+    @contextlib.contextmanager
+    def flooded(self, frame: bytes) -> Iterator[Flood]:
+        """The frame from the peer to the host, without pause; also while no XDP program is there."""
+        with inside(self.host):
+            take_frames_without_xdp("eth0")
+        with inside(self.peer):
+            flood = Flood(next(d.index for d in rtnl.devices() if d.name == "eth0"), frame)
+            flood.start()
+        with flood:
+            yield flood
+            flood.stop()
 
     # ── packets ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 

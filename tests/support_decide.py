@@ -13,12 +13,8 @@ from loopback.contracts.desired import DesiredModule, DesiredState, Running
 from loopback.contracts.envelope import Envelope
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.reports import Phase
-from loopback.host.decide import (
-    Accepted,
-    Answer,
-    Identity,
-    check_desired,
-)
+from loopback.host.decide import Accepted, check_desired
+from loopback.host.scope import Answer, Identity
 from loopback.host.state import HostState, ModuleState
 
 OLD = Running(version="1.0", package="a" * 64, policy="b" * 64, policy_serial=1)

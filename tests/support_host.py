@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ from typing import Any
 
 import msgspec
 from support import Place, eventually
+from support_trust import described
 
 from loopback.contracts import envelope, reports, subjects, trustdoc
 from loopback.contracts.desired import DesiredModule, DesiredState, Running
@@ -25,12 +27,17 @@ from loopback.host.agent import Agent
 from loopback.host.config import Allow, HostConfig
 from loopback.host.link import signing_key
 from loopback.services._runtime.wire import Outgoing
-from loopback.trust import blobs, package, signing
+from loopback.trust import blobs, signing
 from loopback.trust.manifest import HealthTable, LimitsTable, Manifest, ModuleTable
 from loopback.trust.repository import target_path
 
 WORKSPACE = "prod"
 TINY = (Path(__file__).parent / "fixtures_modules" / "tiny.py").read_bytes()
+
+
+def agent_command(config: Path) -> list[str]:
+    """What runs a real agent with this host.toml."""
+    return [sys.executable, "-P", "-m", "loopback.cli.main", "host", "run", "--config", str(config)]
 
 
 class Signers:
@@ -146,7 +153,7 @@ def tiny(version: str = "1.0", how: str = "healthy", **module: Any) -> bytes:
     manifest = Manifest(
         module=table, limits=LimitsTable(stop_s=2.0), health=HealthTable(interval_s=0.2, grace_s=0.1)
     )
-    return package.build({"lib/tiny.py": TINY, "behaviour.txt": how.encode()}, manifest)
+    return described({"lib/tiny.py": TINY, "behaviour.txt": how.encode()}, manifest)
 
 
 class World:

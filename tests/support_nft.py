@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import ipaddress
 import os
 import select
 import socket
@@ -20,9 +19,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import msgspec
+from nftwords import rule_matches
 from strategies_firewall import INTERFACES
 
-from loopback.modules.firewall.model import Action, Direction, FirewallPolicy, Packet, PortRange, Prefix, Rule
+from loopback.modules.firewall.model import Action, Direction, FirewallPolicy, Packet, Rule
 
 T = TypeVar("T")
 CLONE_NEWNET = 0x40000000
@@ -58,13 +59,16 @@ class NftJudge:
 
     def load(self, policy: FirewallPolicy) -> None:
         """Put a policy in force."""
-        text = ruleset(policy)
+        self.load_text(ruleset(policy))
+
+    def load_text(self, text: str) -> None:
+        """Put a ruleset in force whose answers are `answer`'s."""
         done = self._run(
             lambda: subprocess.run(
                 ["nft", "-f", "-"], input=text, text=True, capture_output=True, check=False
             )
         )
-        assert done.returncode == 0, f"{done.stderr}\n{text}"
+        assert done.returncode == 0, f"{done.stderr[:4000]}\n{text[:20000]}"
 
     def judge(self, packets: Sequence[Packet]) -> list[tuple[Action, int | None]]:
         """Verdict and index of the rule that gave it (None: the default), for each packet."""
@@ -118,9 +122,9 @@ def ruleset(policy: FirewallPolicy) -> str:
         for index, rule in enumerate(policy.rules):
             if rule.direction is direction:
                 lines += [
-                    f"  {match} {_answer(rule.action, index)}" for family in (4, 6) for match in _matches(rule, policy, family)
+                    f"  {match} {answer(rule.action, index)}" for family in (4, 6) for match in _matches(rule, policy, family)
                 ]  # fmt: skip
-        lines += [f"  {_answer(policy.default[direction], DEFAULT)}", " }"]
+        lines += [f"  {answer(policy.default[direction], DEFAULT)}", " }"]
         for interface in ("", *INTERFACES):
             name = device(direction, interface)
             lines += [
@@ -130,58 +134,15 @@ def ruleset(policy: FirewallPolicy) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _answer(action: Action, number: int) -> str:
-    return f'ether saddr set 02:00:00:{int(action):02x}:{number >> 8:02x}:{number & 255:02x} fwd to "{OUT}"'
-
-
 def _matches(rule: Rule, policy: FirewallPolicy, family: int) -> list[str]:
-    """The match of a rule for one family; none where it cannot match there."""
-    parts = [f"meta protocol {'ip' if family == 4 else 'ip6'}"]
-    word = "ip" if family == 4 else "ip6"
-    for side, prefixes, sets in (
-        ("saddr", rule.sources, rule.source_sets), ("daddr", rule.destinations, rule.destination_sets),
-    ):  # fmt: skip
-        if not prefixes and not sets:
-            continue
-        held = [
-            p for p in (*prefixes, *(p for name in sets for p in policy.sets[name])) if p.family == family
-        ]
-        if not held:
-            return []
-        if all(p.length for p in held):
-            parts.append(f"{word} {side} {{ {', '.join(_collapsed(held))} }}")
-    if rule.protocols:
-        parts.append(f"meta l4proto {{ {', '.join(map(str, sorted(set(rule.protocols))))} }}")
-    for field, ranges in (("dport", rule.ports), ("sport", rule.source_ports)):
-        if ranges:
-            parts.append(f"th {field} {{ {', '.join(_merged(ranges))} }}")
-    if rule.interfaces:
-        names = ", ".join(f'"{device(rule.direction, name)}"' for name in rule.interfaces)
-        parts.append(f"iifname {{ {names} }}")
-    if not rule.icmp:
-        return [" ".join(parts)]
-    if rule.protocols[0] != (1 if family == 4 else 58):
-        return []
-    kind = "icmp" if family == 4 else "icmpv6"
-    return [
-        " ".join([*parts, f"{kind} type {number}", *([f"{kind} code {code}"] if code is not None else [])])
-        for number, code in rule.icmp
-    ]
+    # packets of both directions come in by a tap here, which stands for direction and interface
+    arriving = msgspec.structs.replace(rule, direction=Direction.INGRESS)
+    return rule_matches(arriving, policy, family, lambda name: device(rule.direction, name))
 
 
-def _collapsed(prefixes: list[Prefix]) -> list[str]:
-    kind = ipaddress.IPv4Network if prefixes[0].family == 4 else ipaddress.IPv6Network
-    return [str(n) for n in ipaddress.collapse_addresses(kind((p.address, p.length)) for p in prefixes)]  # type: ignore[type-var]  # one family
-
-
-def _merged(ranges: tuple[PortRange, ...]) -> list[str]:
-    merged: list[list[int]] = []
-    for low, high in sorted((r.low, r.high) for r in ranges):
-        if merged and low <= merged[-1][1] + 1:
-            merged[-1][1] = max(merged[-1][1], high)
-        else:
-            merged.append([low, high])
-    return [f"{low}-{high}" if low != high else str(low) for low, high in merged]
+def answer(action: Action, number: int) -> str:
+    """The end of a rule: it sends the packet back with its verdict and number."""
+    return f'ether saddr set 02:00:00:{int(action):02x}:{number >> 8:02x}:{number & 255:02x} fwd to "{OUT}"'
 
 
 def frame(packet: Packet, number: int) -> bytes:

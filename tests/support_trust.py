@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
+import pytest
 
 from loopback.contracts import trustdoc
+from loopback.contracts.codes import Code, Refused
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.trustdoc import Operator, Role, TrustDocument
-from loopback.trust import package, signing
+from loopback.trust import attest, package, signing
 from loopback.trust.manifest import Manifest, ModuleTable
-from loopback.trust.repository import target_path
+from loopback.trust.repository import TrustedRepository, target_path
 
 NOW = datetime(2026, 11, 1, 12, tzinfo=UTC)
+Client = Callable[..., TrustedRepository]
+
+
+def refusal(action: Callable[[], object]) -> Code:
+    """The code with which this is refused."""
+    with pytest.raises(Refused) as caught:
+        action()
+    return caught.value.code
 
 
 def manifest(name: str = "firewall", version: str = "1.0.0", **module: object) -> Manifest:
@@ -26,7 +37,14 @@ def manifest(name: str = "firewall", version: str = "1.0.0", **module: object) -
 
 def archive(version: str = "1.0.0", files: Mapping[str, bytes] | None = None) -> bytes:
     """A small package."""
-    return package.build(files or {"lib/loopback/__init__.py": b"x = 1\n"}, manifest(version=version))
+    return described(files or {"lib/loopback/__init__.py": b"x = 1\n"}, manifest(version=version))
+
+
+def described(files: Mapping[str, bytes], made: Manifest, **changes: Any) -> bytes:
+    """A package with SBOM and provenance, as if its files were its sources."""
+    sources = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    fields: dict[str, Any] = {"sources": sources, "tools": {"python": "3.11.2"}}
+    return package.build(files, made, attest.Build(**fields | changes))
 
 
 class MemoryRepository:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -12,12 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 from activation_fleet import Fleet, fleet, until
-from activation_world import start_command
+from activation_world import APPROVER, approval_command, start_command
 from support import Place, eventually
 from support_fleet import OPERATOR, WORKSPACE
 
-from loopback.contracts import desired, envelope, journal, subjects
-from loopback.contracts.codes import Code
+from loopback.contracts import approvals, desired, envelope, journal, subjects
+from loopback.contracts.codes import Code, Refused
 from loopback.contracts.desired import Running
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import (
@@ -25,6 +26,7 @@ from loopback.contracts.messages import (
     Policy,
     Presence,
     RolloutAbort,
+    RolloutApprove,
     RolloutPause,
     RolloutResume,
     RolloutStart,
@@ -34,6 +36,7 @@ from loopback.contracts.messages import (
 )
 from loopback.contracts.reports import Phase, Status
 from loopback.contracts.rolloutstate import Rollout, Standing
+from loopback.contracts.trustdoc import Operator, Role, Trust, TrustDocument, WorkspaceRules
 from loopback.services._runtime.bus import Outgoing
 from loopback.services.activation import decide as rules
 from loopback.services.activation import facts, handlers
@@ -65,6 +68,14 @@ async def stored(found: Fleet, subject: str) -> list[Any]:
     return await found.admin.read(subjects.workspace_stream(WORKSPACE), [subject])
 
 
+async def heads(found: Fleet) -> list[str]:
+    """The workspace's chain after each number of links, from none."""
+    chain = [""]
+    for message in await stored(found, subjects.rollout(WORKSPACE, "*", "*")):
+        chain.append(journal.chained(chain[-1], journal.digest(message.data)))
+    return chain
+
+
 async def put_policy(found: Fleet, serial: int, key: SigningKey = OPERATOR, **changes: Any) -> str:
     signed = {
         "workspace": WORKSPACE, "module": "firewall", "name": "web", "serial": serial,
@@ -92,14 +103,13 @@ async def test_a_rollout_reaches_every_host_wave_by_wave(place: Fleet) -> None:
         < len(names) - 1 - names[::-1].index("assigned")
     )
     assert rollout.counts[Standing.PROMOTED] == 4
-    # What each host was told names its scope, its record and the link that told it.
-    heads = {
-        journal.digest(message.data)
-        for message in await stored(place, subjects.rollout(WORKSPACE, "r1", "assigned"))
-    }
+    # What each host was told names its scope, its record and the journal up to the link that told it.
+    chain = await heads(place)
     for host in place.hosts.values():
         state = host.states[-1]
-        assert state.journal_head in heads
+        assert state.journal_head == chain[state.journal_links]
+        assigned = place.links[state.journal_links - 1]
+        assert any(a.host == host.name for a in assigned.event.hosts)
         assert state.environment == "sandbox"
         assert state.record is not None
         (module,) = state.modules
@@ -341,8 +351,8 @@ async def test_a_fact_that_does_not_decode_is_dropped_and_journaled_once(place: 
     assert said.refusal.code is Code.REPORT_MALFORMED
     assert (await place.send(start("r1"))).ok
     await place.ended("r1", "DONE")
-    durable = await place.client.jetstream().consumer_info(subjects.STREAM_FLEET, "activation-facts")
-    assert durable.num_ack_pending == 0
+    durable = await place.admin.api(f"CONSUMER.INFO.{subjects.STREAM_FLEET}.activation-facts")
+    assert durable["num_ack_pending"] == 0
     assert len(await stored(place, subject)) == 1
 
 
@@ -400,3 +410,75 @@ async def test_two_replicas_that_race_a_thousand_writes_give_one_content_per_gen
         ]
         assert spans
         assert all(worked), "both replicas did some of the work"
+
+
+def governed(*, regulated: bool) -> Trust:
+    rules = WorkspaceRules(regulated=regulated, publishers={"firewall": ("f" * 64,)})
+    return Trust(
+        TrustDocument(
+            version=2,
+            operators=(
+                Operator("ada", OPERATOR.public.text, {"*": (Role.ADMIN,)}),
+                Operator("ben", APPROVER.public.text, {WORKSPACE: (Role.APPROVER,)}),
+            ),
+            services={},
+            workspaces={WORKSPACE: rules},
+        )
+    )
+
+
+def approval(rollout: Rollout) -> RolloutApprove:
+    signed = approval_command(rollout, datetime.now(UTC), id=f"approve-{uuid.uuid4()}")
+    found = decode_command(envelope.payload_of(signed))
+    assert isinstance(found, RolloutApprove)
+    return found
+
+
+async def test_in_a_regulated_workspace_no_host_is_told_anything_before_another_operator_signed(
+    place: Fleet,
+) -> None:
+    place.trust.trust = governed(regulated=True)
+    result = await place.send(start("r1"))
+    assert result.detail["approvals_needed"] == "1"
+    rollout = await place.ended("r1", "AWAITING_APPROVAL")
+    await until(lambda: rollout.judged, "both verdicts are in")
+    own = await place.send(approval(rollout))
+    assert own.refusal is not None
+    assert own.refusal.code is Code.ROLLOUT_UNAPPROVED
+    assert all(not host.states for host in place.hosts.values())
+    given = await place.send(approval(rollout), key=APPROVER)
+    assert given.ok, given.refusal
+    await place.ended("r1", "DONE")
+    for host in place.hosts.values():
+        (carried,) = host.states[-1].modules[0].approvals
+        found = approvals.start_of(rollout.created.envelope, WORKSPACE, "r1", place.trust.trust)
+        assert approvals.check(carried, found, place.trust.trust) == ("ben",)
+    twice = await place.send(approval(rollout), key=APPROVER)
+    assert twice.refusal is not None
+    assert twice.refusal.code is Code.ROLLOUT_STATE
+
+
+async def test_a_workspace_regulated_on_the_way_pauses_the_rollout_until_it_is_approved_and_resumed(
+    place: Fleet,
+) -> None:
+    place.trust.trust = governed(regulated=False)
+    regulated = governed(regulated=True)
+
+    def obeys(_: Any, module: Any) -> tuple[Phase, Code | None]:
+        started = approvals.start_of(module.scope, WORKSPACE, module.rollout, regulated)
+        try:
+            approvals.approvers(module.approvals, started, regulated)
+        except Refused as refused:
+            return Phase.REJECTED, refused.code
+        return Phase.PROMOTED, None
+
+    for host in place.hosts.values():
+        host.behave = obeys
+    assert (await place.send(start("r1"))).ok
+    rollout = await place.ended("r1", "PAUSED")
+    assert "loopback rollout approve r1" in rollout.reason
+    place.trust.trust = regulated
+    assert (await place.send(approval(rollout), key=APPROVER)).ok
+    assert (await place.send(RolloutResume(**fields("resume"), rollout="r1"))).ok
+    await place.ended("r1", "DONE")
+    assert all(host.promoted["firewall"] == V1 for host in place.hosts.values())

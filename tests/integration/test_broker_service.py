@@ -129,14 +129,18 @@ async def test_a_service_ends_when_the_broker_closes_its_connection_for_good(bro
 
 
 async def test_spans_and_counters_are_sent_before_a_service_is_gone(broker: Place) -> None:
+    spoken = asyncio.Event()
+
     async def start(one: Service) -> None:
         with one.tracer.start_as_current_span("last words"):
             one.meter.create_counter("loopback_words").add(2)
+        spoken.set()
 
     async with OtlpReceiver() as receiver:
         stop = asyncio.Event()
         settings = broker.settings("activation", otlp_endpoint=receiver.endpoint)
         task = asyncio.ensure_future(service.run("activation", settings, start, stop=stop))
+        await asyncio.wait_for(spoken.wait(), 20)
         stop.set()
         await asyncio.wait_for(task, 20)
         assert [(s.name, s.service) for s in receiver.spans] == [("last words", "loopback-activation")]
@@ -146,13 +150,16 @@ async def test_spans_and_counters_are_sent_before_a_service_is_gone(broker: Plac
 
 
 async def test_a_dead_receiver_does_not_keep_a_service_from_ending(broker: Place) -> None:
+    spoken = asyncio.Event()
+
     async def start(one: Service) -> None:
         with one.tracer.start_as_current_span("unheard"):
-            return
+            spoken.set()
 
     stop = asyncio.Event()
     settings = broker.settings("activation", otlp_endpoint="http://127.0.0.1:9")
     task = asyncio.ensure_future(service.run("activation", settings, start, stop=stop))
+    await asyncio.wait_for(spoken.wait(), 20)
     stop.set()
     await asyncio.wait_for(task, 20)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -12,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from support import Place, eventually
+from support_delivery import World, replicas
 from support_trust import archive, manifest
 
 from loopback.cli import context, keys, module
@@ -21,7 +21,6 @@ from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import (
     MetadataPublish,
     Policy,
-    Release,
     ReleasePublish,
     RolloutStart,
     Scope,
@@ -30,100 +29,14 @@ from loopback.contracts.messages import (
     Wave,
 )
 from loopback.contracts.trustdoc import Role
-from loopback.services._runtime import service
-from loopback.services._runtime.bus import Bus, Outgoing
+from loopback.services._runtime.bus import Outgoing
 from loopback.services._runtime.settings import read_identity
-from loopback.services.delivery import app, handlers
+from loopback.services.delivery import handlers
 from loopback.services.delivery.store import OnlineKeys, Store
 from loopback.trust import blobs, package, signing
 from loopback.trust.repository import TrustedRepository, target_path
 
 pytestmark = pytest.mark.broker
-
-
-class World:
-    """An installation with `replicas` of delivery and an operator's session."""
-
-    def __init__(self, place: Place, tmp_path: Path) -> None:
-        self.place = place
-        self.home = place.home
-        self.tmp_path = tmp_path
-        self.bus: Bus
-        self.session: context.Session
-
-    def package(self, version: str = "1.0.0", name: str = "firewall", **files: bytes) -> Path:
-        path = self.tmp_path / f"{name}-{version}.lbm"
-        content = {f"lib/{n}.py": d for n, d in files.items()} or {"lib/x.py": version.encode()}
-        path.write_bytes(package.build(content, manifest(name, version, capabilities=("CAP_BPF",))))
-        return path
-
-    async def state(self) -> tuple[int, int]:
-        """Revisions of repository and catalog: equal means that nothing was changed."""
-        return (
-            await self.bus.revision(subjects.STREAM_TUF),
-            await self.bus.revision(subjects.STREAM_CATALOG),
-        )
-
-    async def file(self, name: str) -> bytes | None:
-        found = await self.bus.last(subjects.STREAM_TUF, subjects.tuf(name))
-        return found.data if found else None
-
-    async def timestamp(self) -> int:
-        data = await self.file("timestamp.json")
-        assert data is not None
-        return signing.parse(signing.Timestamp, data).version
-
-    async def releases(self) -> list[Release]:
-        stored = await self.bus.read(subjects.STREAM_CATALOG, ["lb.catalog.>"])
-        return [msgspec.json.decode(s.data, type=Release) for s in stored]
-
-    async def host(self) -> TrustedRepository:
-        """A client that has seen nothing but the pinned root."""
-        folder = self.tmp_path / "host-tuf"
-        TrustedRepository.pin(folder, (self.home / "tuf" / "root.json").read_bytes())
-        stored = await self.bus.read(subjects.STREAM_TUF, ["lb.tuf.>"])
-        files = {s.subject: s.data for s in stored}
-        client = TrustedRepository(folder, lambda name: files.get(subjects.tuf(name)))
-        client.refresh()
-        return client
-
-    async def command(self, path: Path, **changes: object) -> ReleasePublish:
-        """A right command for this package, its content stored, and then changed."""
-        info = package.inspect(path)
-        trusted = await keys.repository(self.session)
-        metadata = module.sign_release(self.home, trusted, info)
-        await self.session.put_blob(await asyncio.to_thread(path.read_bytes))
-        right = ReleasePublish(
-            **context.new_command_fields("global"),
-            module=info.manifest.name,
-            version=info.manifest.version,
-            digest=info.digest,
-            size=info.size,
-            metadata=keys.encode(metadata),
-        )
-        return msgspec.structs.replace(right, **changes)
-
-    async def refused(self, command: object) -> Refused:
-        """It is refused, and repository and catalog stay as they were."""
-        before = await self.state()
-        with pytest.raises(Refused) as caught:
-            await self.session.send(command, "delivery")
-        assert await self.state() == before
-        return caught.value
-
-
-@contextlib.asynccontextmanager
-async def replicas(world: World, count: int) -> AsyncIterator[None]:
-    """Delivery's processes, here as tasks; they end as on SIGTERM."""
-    stop = asyncio.Event()
-    async with asyncio.TaskGroup() as group:
-        for number in range(count):
-            settings = world.place.settings("delivery", instance=str(number))
-            group.create_task(service.run("delivery", settings, app.start, stop=stop))
-        try:
-            yield
-        finally:
-            stop.set()
 
 
 @pytest.fixture
@@ -155,7 +68,7 @@ async def test_replicas_that_start_together_import_the_first_repository_once(wor
     assert (await world.state())[0] == 5  # root, targets, releases, snapshot, timestamp
     info = client.find("trust.json")
     assert info is not None
-    content = await keys.read_blob(world.session, info.sha256, info.length)
+    content = await world.session.blob(info.sha256, info.length)
     trust = client.trust_document(lambda _digest, _size: content)
     assert [o.name for o in trust.document.operators] == ["admin"]
 
@@ -243,8 +156,9 @@ async def test_a_replayed_command_is_refused_and_changes_nothing(world: World) -
         (lambda data: data.replace(b"\0the content", b"\0The content"), Code.PACKAGE_DIGEST),
         (lambda data: b"#!/bin/sh\n", Code.PACKAGE_TRUNCATED),
         (lambda data: archive("2.0.0"), Code.MANIFEST_INVALID),
+        (lambda data: package.build({"lib/x.py": b"1"}, manifest()), Code.PACKAGE_SBOM),
     ],
-    ids=["truncated", "changed", "no package", "another version"],
+    ids=["truncated", "changed", "no package", "another version", "without SBOM and provenance"],
 )
 async def test_a_corrupt_package_is_refused_although_every_signature_is_right(
     world: World, harm: object, code: Code
@@ -372,7 +286,7 @@ async def test_an_operator_gets_a_role_and_only_that(world: World, tmp_path: Pat
         trusted = await keys.repository(world.session)
         info = trusted.find("trust.json")
         assert info is not None
-        content = await keys.read_blob(world.session, info.sha256, info.length)
+        content = await world.session.blob(info.sha256, info.length)
         change = keys.add_operator(
             world.home, "ann", {"*": roles}, repository=trusted, read_blob=lambda _d, _s: content
         )
@@ -404,7 +318,7 @@ async def test_a_trust_document_that_locks_everybody_out_is_refused(world: World
     trusted = await keys.repository(world.session)
     info = trusted.find("trust.json")
     assert info is not None
-    content = await keys.read_blob(world.session, info.sha256, info.length)
+    content = await world.session.blob(info.sha256, info.length)
     change = keys.add_operator(
         world.home, "admin", {"*": (Role.VIEWER,)}, repository=trusted, read_blob=lambda _d, _s: content
     )

@@ -32,27 +32,52 @@ from loopback.contracts.messages import (
     Wave,
     WorkspacePut,
 )
+from loopback.contracts.trustdoc import Floor, Trust, TrustDocument, WorkspaceRules
 from loopback.services._runtime.bus import Bus, Outgoing, Stored
 from loopback.services._runtime.commands import CommandContext
+from loopback.services._runtime.settings import Settings
 from loopback.services.eligibility import app
 from loopback.services.eligibility.handlers import Handlers
+from loopback.services.eligibility.identities import Identities
+from loopback.services.eligibility.moves import Moves
 from loopback.services.eligibility.store import Fleet, Source
 
 pytestmark = pytest.mark.broker
 DEADLINE_S = 20.0
 
 
+class FixedTrust:
+    """A TrustSource whose document changes when the test says so."""
+
+    def __init__(self) -> None:
+        self.document = TrustDocument(version=1, operators=(), services={})
+
+    def floor(self, version: str) -> None:
+        rules = {WORKSPACE: WorkspaceRules(floors={"firewall": Floor(version)})}
+        self.document = msgspec.structs.replace(self.document, workspaces=rules)
+
+    async def current(self) -> Trust:
+        return Trust(self.document)
+
+    async def look_again(self) -> bool:
+        return False
+
+
 class Replica:
     """Eligibility without its command desk: everything that follows from what is stored."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, settings: Settings) -> None:
         self.bus = bus
         self.spans = InMemorySpanExporter()
         self.provider = TracerProvider()
         self.provider.add_span_processor(SimpleSpanProcessor(self.spans))
         self.fleet = Fleet(logging.getLogger("test"), self._appeared)
         tracer = self.provider.get_tracer("test")
-        self.handlers = Handlers(bus, self.fleet, tracer, NoOpMeterProvider().get_meter("test"))
+        self.trust = FixedTrust()
+        meter = NoOpMeterProvider().get_meter("test")
+        self.handlers = Handlers(bus, self.fleet, self.trust, tracer, meter)
+        identities = Identities(bus, self.fleet, self.handlers, settings, meter)
+        self.moves = Moves(bus, self.fleet, self.handlers, identities, self.trust)
         self._group = asyncio.TaskGroup()
 
     def _appeared(self, workspace: str) -> None:
@@ -69,8 +94,9 @@ class Replica:
                 async with asyncio.timeout(DEADLINE_S):
                     for event in ready.values():
                         await event.wait()
-                for work in app.follow_changes(self.bus, self.handlers):
+                for work in app.follow_changes(self.bus, self.handlers, self.moves):
                     group.create_task(work)
+                group.create_task(self.handlers.follow_rules(every_s=0.05))
                 yield self
                 raise _Stop
         except* _Stop:
@@ -89,7 +115,9 @@ async def place(broker: Place) -> AsyncIterator[World]:
 
 @pytest.fixture
 async def replica(place: World) -> AsyncIterator[Replica]:
-    async with Replica(await place.bus("eligibility")).running() as running:
+    async with Replica(
+        await place.bus("eligibility"), place.place.settings("eligibility")
+    ).running() as running:
         yield running
 
 
@@ -133,8 +161,29 @@ async def test_every_change_of_a_rule_changes_the_offer_and_says_which_rule_it_w
     await offer_of(bus, "web-1", lambda o: o.versions == ())
 
 
+async def test_a_floor_in_the_trust_document_changes_offers_and_verdicts_and_is_named(place, replica):
+    bus = replica.bus
+    host = await place.host("web-1")
+    await place.entitle()
+    await place.release("1.0.0")
+    await place.release("1.1.0", digest="cd" * 32)
+    await host.say(host.inventory())
+    await offer_of(bus, "web-1", lambda o: refusals(o) == {"1.0.0": None, "1.1.0": None})
+    replica.trust.floor("1.1.0")
+    offer = await offer_of(
+        bus, "web-1", lambda o: refusals(o) == {"1.0.0": Code.HOST_BELOW_FLOOR, "1.1.0": None}
+    )
+    low = next(v for v in offer.versions if v.version == "1.0.0")
+    assert low.rule == "floor: ≥ 1.1.0 (release is 1.0.0)"
+    await (await place.bus("activation")).publish(created(("web-1",)))
+    verdict, _ = await verdict_of(bus)
+    assert verdict.refused["web-1"].code is Code.HOST_BELOW_FLOOR
+    replica.trust.floor("0.9")
+    await offer_of(bus, "web-1", lambda o: refusals(o) == {"1.0.0": None, "1.1.0": None})
+
+
 async def test_many_changes_seen_by_two_replicas_give_each_different_offer_once(place, replica):
-    async with Replica(await place.bus("eligibility")).running():
+    async with Replica(await place.bus("eligibility"), place.place.settings("eligibility")).running():
         hosts = [await place.host(f"web-{n}") for n in range(4)]
         async with asyncio.TaskGroup() as group:
             group.create_task(place.entitle())
@@ -225,7 +274,7 @@ async def test_a_rollout_gets_one_verdict_in_its_own_trace_that_names_each_refus
     await host.say(host.inventory())
     activation = await place.bus("activation")
     message = created(("web-1", "web-2", "never-heard-of"))
-    async with Replica(await place.bus("eligibility")).running():
+    async with Replica(await place.bus("eligibility"), place.place.settings("eligibility")).running():
         await activation.publish(message)
         verdict, stored = await verdict_of(replica.bus)
         assert verdict.refusal is None

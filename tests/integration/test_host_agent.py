@@ -231,6 +231,53 @@ async def test_repeats_and_late_documents_change_nothing(world: World) -> None:
         assert kernel(world) == {"policy": two.policy}
 
 
+async def test_a_host_on_which_nothing_changes_still_says_what_it_is_and_has_witnessed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bus keeps reports for a week; without a newer one nobody could verify its word after that."""
+    monkeypatch.setattr("loopback.host.voice.AGAIN_S", 0.5)
+    monkeypatch.setattr("loopback.host.voice.FIGURES_S", 1e9)
+    target = await world.release("1.0")
+    async with world.agent():
+        await world.reached(await world.desire(target))
+        before = len(await world.statuses())
+        inventories = subjects.from_host("prod", world.host, "inventory")
+
+        async def said_again() -> bool:
+            found = await world.bus.read(subjects.STREAM_REPORTS, [inventories])
+            return len(found) >= 3 and len(await world.statuses()) >= before + 2
+
+        await eventually(said_again)
+        last, earlier = (await world.statuses())[-1], (await world.statuses())[-2]
+        assert last.seq > earlier.seq
+        assert last.modules == earlier.modules
+
+
+async def test_whoever_sends_an_older_document_is_told_where_the_host_stands(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So activation finds its way again after somebody pushed the generation with its key."""
+    monkeypatch.setattr("loopback.host.voice.REPEAT_S", 0.0)
+    monkeypatch.setattr("loopback.host.voice.FIGURES_S", 1e9)  # or counters alone would have it say more
+    target = await world.release("1.0", policy=1)
+
+    async def said() -> int:
+        return sum(s.generation == 70_001 for s in await world.statuses())
+
+    async with world.agent():
+        world.generation = 70_000
+        await world.reached(await world.desire(target))
+        world.generation = 4
+        for number in range(3):  # each of them: one more word could be about something else
+            before = await said()
+            await world.desire(target, expected=target, rollout=f"late{number}")
+
+            async def again(before: int = before) -> bool:
+                return await said() > before
+
+            await eventually(again)
+
+
 async def test_what_the_owner_does_not_allow_never_runs(world: World) -> None:
     greedy = await world.release("1.0", capabilities=("CAP_SYS_ADMIN",))
     async with world.agent():

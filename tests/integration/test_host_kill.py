@@ -6,14 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support import Place, eventually
-from support_host import World
+from support_host import World, agent_command
 
 from loopback.contracts.reports import Phase
 from loopback.host import proc
@@ -34,16 +33,7 @@ async def world(broker: Place, tmp_path: Path) -> AsyncIterator[World]:
 
 @contextmanager
 def agent(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "loopback.cli.main",
-        "host",
-        "run",
-        "--config",
-        str(tmp_path / "host.toml"),
-    ]
+    command = agent_command(tmp_path / "host.toml")
     with (tmp_path / "agent.log").open("ab") as log, subprocess.Popen(command, stderr=log) as process:
         try:
             yield process
@@ -148,16 +138,7 @@ async def test_a_second_agent_on_the_same_state_is_refused_in_words(world: World
     target = await world.release("1.0")
     with agent(tmp_path):
         await world.reached(await world.desire(target))
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "loopback.cli.main",
-            "host",
-            "run",
-            "--config",
-            str(tmp_path / "host.toml"),
-        ]
+        command = agent_command(tmp_path / "host.toml")
         second = subprocess.run(command, capture_output=True, timeout=30, check=False)  # noqa: ASYNC221  it is short
         assert second.returncode == 2
         assert b"another agent uses" in second.stderr

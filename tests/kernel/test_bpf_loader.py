@@ -251,10 +251,15 @@ except Refused as refusal:
     assert "CAP_BPF" in said
 
 
-def test_importing_and_asking_why_need_no_bcc() -> None:
+def test_importing_and_asking_why_need_no_libbpf() -> None:
     script = """
-import sys
-sys.modules["bcc"] = None
+import ctypes
+real = ctypes.CDLL
+def without(name, *given, **named):
+    if name and "bpf" in name:
+        raise OSError(f"{name}: cannot open shared object file")
+    return real(name, *given, **named)
+ctypes.CDLL = without
 from loopback.bpf import flood, hooks, loader, ring
 print(loader.why_unsupported())
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -36,8 +37,12 @@ from support_datapath import (
     to_peer,
 )
 
+from loopback.contracts.codes import Refused
+from loopback.modules.firewall.packets import Frame
+
 pytestmark = pytest.mark.kernel
 
+SHUT = "version: 1\ndefault: {ingress: drop, egress: accept}\n"
 POLICY = """
 version: 1
 default: {ingress: drop, egress: accept}
@@ -109,6 +114,34 @@ def test_vlan_tags_are_no_way_round(world: World) -> None:
     ) == [True, False, True, False]
     three = (Dot1Q(vlan=1, type=0x8100), Dot1Q(vlan=2, type=0x8100), Dot1Q(vlan=3))
     assert world.arriving(tagged(*three, port=80)) == [False], "what cannot be read gets the default"
+
+
+def test_jumbo_frames_are_judged_like_short_ones_on_the_wire_and_when_asked_about(world: World) -> None:
+    for name in (world.host, world.peer):
+        subprocess.run(["ip", "-n", name, "link", "set", "eth0", "mtu", "9000"], check=True)
+    datapath = world.enforce(SHUT + "rules:\n  - {name: names, proto: udp, ports: 53, action: accept}\n")
+    filling = Raw(b"x" * 8900)
+    assert world.arriving(
+        to_host(UDP(dport=53), filling),
+        to_host(UDP(dport=54), filling),
+        to_host6(UDP(dport=53), filling),
+        to_host6(UDP(dport=54), filling),
+        to_host6(IPv6ExtHdrDestOpt(), UDP(dport=53), filling),
+    ) == [True, False, True, False, True]
+    start = Ether(src=PEER_MAC, dst=HOST_MAC) / IP(src=PEER4, dst=HOST4)
+    longest = start / UDP(dport=53) / Raw(bytes(65535 - 28))
+    asked = [start / UDP(dport=port) / Raw(bytes(size)) for size in (3400, 3500, 9000) for port in (53, 54)]
+    found = datapath.explain_frames([Frame(bytes(one)) for one in (*asked, longest)])
+    assert [one.rule for one in found] == ["names", None] * 3 + ["names"]
+    cut = bytes(
+        Ether(src=PEER_MAC, dst=HOST_MAC)
+        / IP(src=PEER4, dst=HOST4, len=9029)
+        / UDP(dport=53)
+        / Raw(bytes(9000))
+    )  # a byte less than its header says
+    assert datapath.explain_frames([Frame(cut)])[0].reason == "truncated"
+    with pytest.raises(Refused, match="longer than"):
+        datapath.explain_frames([Frame(bytes(70000))])
 
 
 def test_ip_options_do_not_hide_the_ports(world: World) -> None:

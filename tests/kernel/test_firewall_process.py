@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
+import hashlib
 import socket
 import subprocess
-import sys
 import tarfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support_bpf import ONLY_THREE
-from support_datapath import UDP, World, inside, to_host
+from support_datapath import HOST4, UDP, World, inside, to_host
+from support_firewall import Process, running, until
 
-from loopback.bpf import hooks, loader, rtnl
+from loopback.bpf import hooks, layout, loader, rtnl
+from loopback.bpf.loader import Map
 from loopback.contracts import abi
 from loopback.contracts.codes import Code
 from loopback.modules.build import build_module
+from loopback.modules.firewall import counting
 from loopback.modules.firewall import module as firewall
+from loopback.modules.firewall import policy as policies
 
 pytestmark = pytest.mark.kernel
 
@@ -33,7 +32,7 @@ SAMPLED = (
     b'{"version":1,"default":{"ingress":"drop","egress":"accept"},"rules":[{"name":"seen","proto":"udp",'
     b'"ports":9,"action":"drop","log":{"sample":1}}]}'
 )
-DIGEST = {DROP: "d0" * 32, PASS: "0a" * 32, SAMPLED: "5a" * 32}
+DIGEST = {content: hashlib.sha256(content).hexdigest() for content in (DROP, PASS, SAMPLED)}
 
 
 @pytest.fixture(scope="session")
@@ -62,111 +61,6 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def world() -> Iterator[World]:
     with World() as made:
         yield made
-
-
-class Process:
-    """A module's process, spoken to over its socket."""
-
-    def __init__(self, world: World, package: Path, **settings: Any) -> None:
-        ours, theirs = socket.socketpair()
-        self.socket = ours
-        self.socket.settimeout(30)
-        environment = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(package / "lib"),
-            abi.FD_VARIABLE: str(theirs.fileno()),
-            "LOOPBACK_PACKAGE_DIR": str(package),
-        }
-        world.state.mkdir(exist_ok=True)
-        with theirs:
-            self.process = subprocess.Popen(
-                ["nsenter", f"--net=/run/netns/{world.host}", *ONLY_THREE, sys.executable, "-P", "-W", "error", "-m",
-                 "loopback.modules.firewall"],
-                env=environment, pass_fds=[theirs.fileno()], cwd=world.state, stderr=subprocess.PIPE,
-            )  # fmt: skip
-        self.events: list[abi.Event] = []
-        self._number = 0
-        hello = self._frame().body
-        assert isinstance(hello, abi.Hello), self.words()
-        self.hello = hello
-        self.configured = self.ask(
-            abi.Configure(
-                host="host",
-                workspace="w",
-                state_dir=str(world.state),
-                settings={"interfaces": ["*"], "bpf_root": str(world.bpf)} | settings,
-            )
-        )
-
-    def words(self) -> str:
-        self.process.kill()
-        return self.process.communicate()[1].decode()
-
-    def _frame(self) -> abi.Frame:
-        def exactly(size: int) -> bytes:
-            data = b""
-            while len(data) < size:
-                more = self.socket.recv(size - len(data))
-                assert more, self.words()
-                data += more
-            return data
-
-        return abi.decode(exactly(abi.length_of(exactly(4))))
-
-    def ask(self, body: abi.Request) -> abi.Done | abi.Failed:
-        self._number += 1
-        self.socket.sendall(abi.encode(abi.Frame(id=self._number, body=body)))
-        while True:
-            frame = self._frame()
-            if isinstance(frame.body, abi.Event):
-                self.events.append(frame.body)
-            else:
-                assert frame.id == self._number
-                assert isinstance(frame.body, abi.Done | abi.Failed)
-                return frame.body
-
-    def done(self, body: abi.Request) -> abi.Done:
-        answer = self.ask(body)
-        assert isinstance(answer, abi.Done), answer
-        return answer
-
-    def enforce(self, content: bytes, trial_s: float = 60, *, confirm: bool = True) -> None:
-        digest = DIGEST[content]
-        self.done(abi.Stage(digest=digest, serial=1, content=content))
-        self.done(abi.Commit(digest=digest, trial_s=trial_s))
-        if confirm:
-            self.done(abi.Confirm(digest=digest))
-
-    @property
-    def health(self) -> abi.HealthReport:
-        found = self.done(abi.Health()).health
-        assert found is not None
-        return found
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.end()
-
-    def end(self) -> None:
-        self.socket.close()
-        self.process.wait(20)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-
-
-@contextlib.contextmanager
-def running(world: World, package: Path, **settings: Any) -> Iterator[Process]:
-    process = Process(world, package, **settings)
-    try:
-        yield process
-    finally:
-        process.kill()  # harmless when it has ended
-
-
-def until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
 
 
 def passes(world: World) -> bool:
@@ -252,7 +146,7 @@ def test_a_new_release_takes_over_without_losing_its_counters(
         assert live(world) == before, "nothing changes before the commit"
         module.enforce(SAMPLED)
         assert live(world) & before == set()
-        assert len(list(world.root.glob("programs-*"))) == 1
+        assert len(list(world.root.glob("set-*"))) == 1
         metrics = module.done(abi.Metrics()).metrics
         assert metrics['loopback_firewall_rule_packets_total{rule="seen"}'] == 1
         assert not passes(world)
@@ -357,3 +251,106 @@ def test_a_bad_policy_is_refused_with_its_place(world: World, packages: dict[str
         assert isinstance(answer, abi.Failed) and answer.code == Code.POLICY_INVALID
         assert "prot" in answer.reason
         assert module.health.policy == DIGEST[DROP]
+
+
+# ── nothing leaks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PACKETS, CHANGES = 1_000_000, 100
+DENIED = bytes(to_host(UDP(sport=4000, dport=7777)) / (b"x" * 18))
+
+
+def counted(world: World) -> dict[str, int]:
+    """What the programs counted, whoever is alive."""
+    pinned = Map.pinned(next(world.root.glob("set-*")) / f"totals-{layout.fingerprint('totals')}")
+    try:
+        return counting.totals(pinned)
+    finally:
+        pinned.close()
+
+
+def test_a_packet_that_leaks_would_be_seen_in_both_counts(world: World, packages: dict[str, Path]) -> None:
+    with running(world, packages["1.0.0"]) as module:
+        module.enforce(PASS)
+        with world.flooded(DENIED):
+            until(lambda: counted(world)["ingress.default.accept"] > 0 and world.received() > 0)
+            module.done(abi.Stop(remove=True))
+            before = world.received()
+            until(lambda: world.received() > before)
+
+
+def test_of_a_million_denied_packets_none_passes_a_hundred_replacements(
+    world: World, packages: dict[str, Path]
+) -> None:
+    """Module killed, agent gone, release or program replaced, room grown: by the stack's count and by the programs' own."""
+    changes = dict.fromkeys(("killed", "agent gone", "release", "grown", "program"), 0)
+    module = Process(world, packages["1.0.0"])
+    module.enforce(DROP)
+    passed = world.received()
+    with world.flooded(DENIED):
+        try:
+            for number in range(36):
+                what = ("killed", "agent gone", "release")[number % 3]
+                if what == "killed":
+                    module.kill()
+                elif what == "agent gone":
+                    module.end()
+                else:
+                    module.done(abi.Stop())
+                    module.end()
+                changes[what] += 1
+                release = "1.1.0" if changes["release"] % 2 else "1.0.0"
+                module = Process(world, packages[release])
+                if what == "release":
+                    module.enforce(DROP)
+                assert module.health.enforcing
+        finally:
+            module.kill()
+        datapath = world.open()
+        world.enforce(policies.parse(DROP, "policy.json"), datapath)
+        with inside(world.host):
+            while changes["grown"] < 8:
+                datapath._grow(datapath._pins.half * 2, datapath._pins.counters)
+                changes["grown"] += 1
+        again = datapath._pins.load(reuse=datapath._maps)
+        with inside(world.host):
+            turns = [again.programs, datapath._programs]
+            while sum(changes.values()) < CHANGES or counted(world)["ingress.default.drop"] < PACKETS:
+                assert not [a for a in datapath._hooks.put(turns[changes["program"] % 2]) if a.problem]
+                changes["program"] += 1
+            datapath._hooks.put(datapath._programs)
+        again.close()
+    totals = counted(world)
+    print(
+        f"{totals['ingress.default.drop']} packets denied, {world.received() - passed} leaked, changes: {changes}"
+    )
+    assert totals["ingress.default.drop"] >= PACKETS
+    assert world.received() == passed
+    passing = {n for n, c in totals.items() if n.startswith("ingress.") and n.endswith(".accept") and c}
+    assert passing <= {"ingress.essential.accept"}, "neighbour discovery, and nothing else"
+    assert totals["ingress.broken.drop"] == 0
+    assert sum(changes.values()) >= CHANGES
+
+
+def test_a_change_that_cuts_the_agent_or_an_operator_is_refused_and_a_restoration_is_not(
+    world: World, packages: dict[str, Path]
+) -> None:
+    digest = DIGEST[DROP]
+    with running(world, packages["1.0.0"]) as module, contextlib.ExitStack() as stack:
+        module.enforce(PASS)
+        with inside(world.host):
+            listening = stack.enter_context(socket.create_server((HOST4, 22)))
+        with inside(world.peer):
+            operator = stack.enter_context(socket.create_connection((HOST4, 22), 10))
+        session = stack.enter_context(listening.accept()[0])
+        session.settimeout(10)
+        answer = module.ask(abi.Stage(digest=digest, serial=2, content=DROP, control=[]))
+        assert isinstance(answer, abi.Failed) and answer.code == Code.POLICY_TEST_FAILED, answer
+        assert "a session at port 22 would end" in answer.reason
+        refused = module.ask(abi.Commit(digest=digest, trial_s=5))
+        assert isinstance(refused, abi.Failed) and refused.code == Code.MODULE_ABI
+        operator.sendall(b"still here")
+        assert session.recv(100) == b"still here"
+        assert module.health.policy == DIGEST[PASS]
+        module.done(abi.Stage(digest=digest, serial=2, content=DROP))
+    with running(world, packages["1.0.0"], management_ports=["2222"]) as module:
+        module.done(abi.Stage(digest=digest, serial=2, content=DROP, control=[]))

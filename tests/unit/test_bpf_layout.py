@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes as ct
 import re
 import shutil
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 
 from loopback.bpf import btf, build, layout
 from loopback.contracts.codes import Code, Refused
+from loopback.modules.firewall.pins import CORE
 
 PROGRAMS = Path(build.__file__).parent / "programs"
 #: Names of the header that only programs use.
-PRIVATE = {"MAX_VLANS", "MAX_EXTENSIONS"}
+PRIVATE = {"MAX_VLANS", "MAX_EXTENSIONS", "STEPS", "SET_STEPS"}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +44,10 @@ def test_every_shared_structure_lies_in_memory_as_its_view_does(compiled: Path) 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("__u32 identity; /* counter slot", "__u64 identity; /* counter slot", "struct fw_rule: identity at 0, 4"),
-        ("__u16 source_set;\n\t__u16 destination_set;", "__u16 destination_set;\n\t__u16 source_set;", "source_set"),
-        ("struct fw_flow_side sides[2];", "struct fw_flow_side sides[2];\n\t__u64 more;", "more at 40, 8 bytes"),
+        ("__u32 identity; /* counter slot", "__u64 identity; /* counter slot", "struct fw_match: identity at 4, 4"),
+        ("__u8 source_set; /* number of a set, or 0 */\n\t__u8 destination_set;",
+         "__u8 destination_set;\n\t__u8 source_set;", "source_set"),
+        ("struct fw_flow_side sides[2];", "struct fw_flow_side sides[2];\n\t__u64 more;", "more at 96, 8 bytes"),
         ("__u64 past_deadline;", "__u64 after_deadline;", "after_deadline"),
     ],
 )  # fmt: skip
@@ -76,7 +79,7 @@ def test_constants_are_those_of_the_header() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["fw_direction", "fw_verdict", "fw_state", "fw_family_bit", "fw_rule_flag", "fw_slot_flag"]
+    "name", ["fw_direction", "fw_verdict", "fw_state", "fw_rule_flag", "fw_slot_flag", "fw_entry_flag"]
 )
 def test_enumerators_are_those_of_the_header(name: str) -> None:
     for key, value in enumerators(name).items():
@@ -133,12 +136,40 @@ def test_without_clang_the_refusal_says_what_to_install(
     assert "install" in refusal.value.next_step
 
 
-def test_the_fingerprint_is_one_word_for_the_whole_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = layout.fingerprint()
-    assert re.fullmatch("[0-9a-f]{16}", before)
-    assert layout.fingerprint() == before
-    monkeypatch.setattr(layout, "LAYOUT", layout.LAYOUT + 1)
-    assert layout.fingerprint() != before
+def test_a_maps_fingerprint_follows_its_own_structures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: layout.fingerprint(name) for name in layout.HELD}
+    assert all(re.fullmatch("[0-9a-f]{12}", print_) for print_ in before.values())
+    assert len(set(before.values())) == len(before)
+
+    class Longer(ct.Structure):
+        _fields_ = (*layout.Counter._fields_, ("more", ct.c_uint64))
+
+    monkeypatch.setitem(layout.HELD, "counters", (Longer,))
+    monkeypatch.setitem(layout.CHANGED, "flows", 99)
+    assert {n for n in layout.HELD if layout.fingerprint(n) != before[n]} == {"counters", "flows"}
+
+
+def test_what_depends_on_epochs_is_not_shared_with_another_kind_of_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = {name: layout.fingerprint(name) for name in layout.HELD}
+    monkeypatch.setitem(layout.CHANGED, "active", 99)
+    assert all(layout.fingerprint(name) != before[name] for name in layout.HELD)
+
+
+def test_every_map_of_the_object_says_what_it_holds() -> None:
+    source = (PROGRAMS / "maps.h").read_text()
+    assert set(re.findall(r"^} (\w+) SEC\(\"\.maps\"\);", source, re.MULTILINE)) == {CORE, *layout.HELD}
+    assert set(layout.CHANGED) == set(layout.HELD)
+    assert max(layout.CHANGED.values()) == layout.LAYOUT
+
+
+@pytest.mark.parametrize(
+    ("need", "half"),
+    [(1, layout.MIN_HALF), (layout.MIN_HALF, 2 * layout.MIN_HALF), (1_000_000, 1 << 21), (900_000, 1 << 20)],
+)
+def test_a_slot_gets_a_power_of_two_with_some_to_spare(need: int, half: int) -> None:
+    assert layout.half_for(need) == half
 
 
 @pytest.mark.parametrize("word", [(0, 0, 0), (1, 0, 0), (0xFFFF, 0xFFFE, 0xFFFFFFFF), (7, 6, 1)])

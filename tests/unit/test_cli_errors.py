@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 from pathlib import Path
 
 import pytest
 
-from loopback.cli import context, main
+from loopback.cli import context, home, main
 from loopback.contracts.codes import Code
 
 
@@ -36,3 +37,27 @@ def test_what_a_file_system_refuses_is_explained(number: int) -> None:
     words = main.explain(error)
     assert words is not None
     assert "/some/where" in words
+
+
+def test_another_operators_key_is_named_for_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context.save(tmp_path, url="nats://127.0.0.1:1", creds="c", operator_key="keys/ann.pem")
+    home.begin(tmp_path, None)
+    assert context.load().operator_key == tmp_path / "keys" / "ann.pem"
+    home.begin(tmp_path, None, tmp_path / "bob.pem")
+    assert context.load().operator_key == tmp_path / "bob.pem"
+    monkeypatch.setenv(home.OPERATOR_VARIABLE, str(tmp_path / "eve.pem"))
+    home.begin(tmp_path, None)
+    assert context.load().operator_key == tmp_path / "eve.pem"
+    monkeypatch.delenv(home.OPERATOR_VARIABLE)
+    home.begin(None, None)
+
+
+def test_what_asyncio_says_whenever_tls_ends_is_not_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run(capsys, "--home", str(tmp_path), "hosts")
+    logging.getLogger("asyncio").warning("returning true from eof_received() has no effect when using ssl")
+    logging.getLogger("asyncio").warning("another word")
+    assert caplog.messages == ["another word"]

@@ -18,6 +18,7 @@ JSON = sorted(name for name in ALL if name.endswith(".json"))
 #: Whose senders must be told of a field that nobody understands, rather than be half obeyed.
 STRICT = {f"{tag}{form}.json" for tag in COMMANDS for form in ("", ".minimal")} | {
     "policy.json", "policy.minimal.json", "trustdocument.json", "trustdocument.minimal.json",
+    "claim.json", "claim.minimal.json",
 }  # fmt: skip
 
 
@@ -112,13 +113,17 @@ def test_a_frame_cut_short_is_refused(name: str) -> None:
         assert caught.value.code is Code.MODULE_ABI
 
 
-@pytest.mark.parametrize("kind", [envelope.COMMAND, envelope.POLICY, envelope.DESIRED, envelope.REPORT])
+@pytest.mark.parametrize(
+    "kind", [envelope.COMMAND, envelope.POLICY, envelope.DESIRED, envelope.REPORT, envelope.CLAIM]
+)
 def test_a_stored_signature_still_holds_and_only_for_its_type(kind: str) -> None:
     name = f"envelope.{kind.split('.')[-1].split('+')[0]}.json"
     found = envelope.parse(stored(ALL[name]))
     keys = {KEY.keyid: KEY.public}
     assert envelope.open_envelope(found, kind, keys) == (b'{"type":"example"}', (KEY.keyid,))
-    for other in {envelope.COMMAND, envelope.POLICY, envelope.DESIRED, envelope.REPORT} - {kind}:
+    for other in {envelope.COMMAND, envelope.POLICY, envelope.DESIRED, envelope.REPORT, envelope.CLAIM} - {
+        kind
+    }:
         with pytest.raises(Refused) as caught:
             envelope.open_envelope(found, other, keys)
         assert caught.value.code is Code.ENVELOPE_TYPE

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import pytest
 
-from loopback.cli import eligibility, fleetio, hosts
+from loopback.cli import eligibility, fleetio, hostfolder, hosts
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.desired import Running
 from loopback.contracts.messages import Check, HostPut, Offer, OfferedVersion
@@ -70,6 +70,8 @@ def test_a_module_on_one_line_says_what_holds_and_what_is_under_way():
     assert hosts.module_text(MODULE) == "firewall 1.2.0 policy #7 efefefef enforcing ok (trial)"
     idle = ModuleStatus(module="firewall", phase=Phase.IDLE, generation=0)
     assert hosts.module_text(idle) == "firewall none not enforcing unknown"
+    old = msgspec.structs.replace(MODULE, noncompliant=Refusal(Code.HOST_BELOW_FLOOR, "too old"))
+    assert hosts.module_text(old).endswith("(trial) NONCOMPLIANT")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_a_host_is_shown_with_its_troubles_and_what_it_may_have():
 )
 def test_what_the_host_itself_would_refuse_later_is_refused_at_once(host, workspace, address):
     with pytest.raises(Refused) as caught:
-        hosts.check(host, workspace, [address])
+        hostfolder.check(host, workspace, [address])
     assert caught.value.code is Code.NAME_INVALID
 
 
@@ -152,3 +154,19 @@ def test_an_explanation_names_each_rule_and_what_to_do():
         "  too old  [eligibility.kernel]",
         "  next: boot a newer one",
     ]
+
+
+def test_examples_in_a_commands_help_stay_on_their_lines() -> None:
+    def command() -> None:
+        """Do it.
+
+        Like this:
+
+          loopback do it
+          loopback do it again
+
+        And so on.
+        """
+
+    wanted = "Do it.\n\nLike this:\n\n\b\n  loopback do it\n  loopback do it again\n\nAnd so on."
+    assert fleetio.taught(command) == wanted

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopback.contracts.codes import Code, Refused
-from loopback.contracts.messages import EntitlementPut, HostPut, Release, Requirements
+from loopback.contracts.messages import Check, EntitlementPut, HostPut, Release, Requirements
 from loopback.contracts.reports import Inventory
+from loopback.contracts.trustdoc import Floor
 from loopback.services.eligibility import decide
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -114,6 +115,28 @@ def test_each_rule_refuses_with_its_own_code_and_says_what_to_do(code, rule, cha
     assert judged.refusal.next_step
     assert [c.rule for c in judged.checks if not c.passed] == [rule]
     assert judged.checks[-1].rule == rule
+
+
+def test_a_version_below_the_workspaces_floor_is_refused_before_anybody_asks_for_an_entitlement():
+    judged = decide.judge(host(), None, [], release(), Floor("1.10.0"))
+    assert judged.refusal is not None
+    assert judged.refusal.code is Code.HOST_BELOW_FLOOR
+    assert judged.refusal.next_step.startswith("choose 1.10.0")
+    assert judged.checks[-1] == Check("floor", False, "≥ 1.10.0 (release is 1.2.0)")
+    good = decide.judge(host(), inventory(), [entitlement()], release(), Floor("1.2.0"))
+    assert good.refusal is None
+    assert [c.rule for c in good.checks][:4] == ["record", "release", "floor", "entitlement"]
+
+
+def test_a_floor_counts_for_its_own_module_only():
+    (offered,) = decide.offered(host(), inventory(), [entitlement()], [release()], {"edge": Floor("9")})
+    assert offered.refusal is None
+    (offered,) = decide.offered(host(), inventory(), [entitlement()], [release()], {"firewall": Floor("9")})
+    assert offered.refusal is not None
+    low = decide.refused_hosts(
+        ["web-1"], {"web-1": host()}, {"web-1": inventory()}, [entitlement()], release(), Floor("9")
+    )
+    assert low["web-1"].code is Code.HOST_BELOW_FLOOR
 
 
 def test_everything_wrong_at_once_is_refused_by_the_first_rule_in_order():

@@ -20,13 +20,9 @@ from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Policy, RolloutAbort, Selector
 from loopback.contracts.trustdoc import Operator, Role, Trust, TrustDocument
 from loopback.host import transitions
-from loopback.host.decide import (
-    Answer,
-    StepName,
-    Undo,
-    check_policy,
-    plan,
-)
+from loopback.host.plan import StepName, Undo, plan
+from loopback.host.policies import check_policy
+from loopback.host.scope import Answer
 from loopback.host.state import ModuleState, Quarantined
 
 
@@ -36,9 +32,9 @@ def host() -> Host:
 
 
 def test_what_lies_inside_the_scope_is_obeyed(host: Host) -> None:
-    accepted = host.check(host.signers.sealed(host.document(host.entry(), journal_head="j")))
+    accepted = host.check(host.signers.sealed(host.document(host.entry())))
     assert [c.answer for c in accepted.entries] == [Answer.CHANGE]
-    assert (accepted.state.generation, accepted.state.journal_head) == (5, "j")
+    assert (accepted.state.generation, accepted.doubt) == (5, None)
     assert accepted.state.record_at is not None
     assert accepted.state.clock_floor is not None
 
@@ -275,7 +271,7 @@ def test_11_the_way_back_is_that_of_the_very_command_that_led_here(host: Host) -
     assert host.ask(other) == Code.SCOPE_VIOLATION
 
 
-# 12–17
+# 12–20
 
 
 def test_12_the_selector_looks_at_the_signed_labels(host: Host) -> None:
@@ -289,19 +285,19 @@ def test_12_the_selector_looks_at_the_signed_labels(host: Host) -> None:
     assert select(hosts=("h2",)) == Code.SCOPE_VIOLATION
 
 
-def test_13_what_holds_already_never_expires(host: Host) -> None:
+def test_15_what_holds_already_never_expires(host: Host) -> None:
     entry = host.entry(OLD, rollout="r2", expected=None, not_after=NOW - timedelta(days=1))
     assert host.ask(entry, now=NOW + timedelta(days=400)) is Answer.SAME
 
 
-def test_14_a_change_starts_only_within_the_scopes_time(host: Host) -> None:
+def test_16_a_change_starts_only_within_the_scopes_time(host: Host) -> None:
     assert host.ask(now=NOW + timedelta(hours=2)) == Code.SCOPE_EXPIRED
     later = {"scope": {"not_before": NOW + timedelta(minutes=30)}}
     assert host.ask(host.entry(start=later)) == Code.SCOPE_EXPIRED
     assert host.ask(host.entry(start=later), now=NOW + timedelta(minutes=31)) is Answer.CHANGE
 
 
-def test_14_times_at_the_calendars_edges_are_compared_like_all_others(host: Host) -> None:
+def test_16_times_at_the_calendars_edges_are_compared_like_all_others(host: Host) -> None:
     first, last = datetime(1, 1, 1, tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
     assert host.ask(host.entry(start={"scope": {"not_before": first, "not_after": last}})) is Answer.CHANGE
     assert (
@@ -312,28 +308,28 @@ def test_14_times_at_the_calendars_edges_are_compared_like_all_others(host: Host
     assert host.ask(back) is Answer.CHANGE
 
 
-def test_14_a_change_starts_only_before_its_deadline(host: Host) -> None:
+def test_16_a_change_starts_only_before_its_deadline(host: Host) -> None:
     assert host.ask(host.entry(not_after=NOW + timedelta(seconds=5))) is Answer.CHANGE
     late = host.entry(not_after=NOW + timedelta(seconds=5))
     assert host.ask(late, now=NOW + timedelta(seconds=6)) == Code.HOST_DEADLINE
 
 
-def test_14_a_clock_set_back_revives_nothing(host: Host) -> None:
+def test_16_a_clock_set_back_revives_nothing(host: Host) -> None:
     entry = host.entry(start={"scope": {"not_after": NOW + timedelta(minutes=5)}})
     host.state = msgspec.structs.replace(host.state, clock_floor=NOW + timedelta(minutes=6))
     assert host.ask(entry, now=NOW - timedelta(days=3650)) == Code.SCOPE_EXPIRED
 
 
-def test_14_a_clock_that_is_years_behind_still_starts_what_is_signed_now(host: Host) -> None:
+def test_16_a_clock_that_is_years_behind_still_starts_what_is_signed_now(host: Host) -> None:
     assert host.ask(now=NOW - timedelta(days=3650)) is Answer.CHANGE
 
 
-def test_15_the_sender_must_know_what_the_host_runs(host: Host) -> None:
+def test_18_the_sender_must_know_what_the_host_runs(host: Host) -> None:
     assert host.ask(host.entry(expected=None)) == Code.HOST_EXPECTED
     assert host.ask(host.entry(expected=NEW)) == Code.HOST_EXPECTED
 
 
-def test_16_policy_serials_only_grow(host: Host) -> None:
+def test_19_policy_serials_only_grow(host: Host) -> None:
     for serial in (0, 1):
         target = msgspec.structs.replace(NEW, policy_serial=serial)
         assert host.ask(host.entry(target)) == Code.POLICY_SERIAL
@@ -341,7 +337,7 @@ def test_16_policy_serials_only_grow(host: Host) -> None:
     assert host.ask(host.entry(same_policy)) is Answer.CHANGE, "another version with the promoted policy"
 
 
-def test_17_what_failed_here_is_not_tried_again(host: Host) -> None:
+def test_20_what_failed_here_is_not_tried_again(host: Host) -> None:
     why = Refusal(Code.MODULE_DIED, "it died")
     host.own = msgspec.structs.replace(host.own, quarantine=(Quarantined(package=NEW.package, refusal=why),))
     assert host.ask() == Code.HOST_QUARANTINED
@@ -352,7 +348,7 @@ def test_17_what_failed_here_is_not_tried_again(host: Host) -> None:
     assert host.ask(host.entry(better)) is Answer.CHANGE
 
 
-def test_17_what_was_interrupted_too_often_is_not_tried_again(host: Host) -> None:
+def test_20_what_was_interrupted_too_often_is_not_tried_again(host: Host) -> None:
     host.own = msgspec.structs.replace(host.own, target=NEW, attempts=transitions.MAX_ATTEMPTS)
     assert host.ask() == Code.HOST_LOOP
 

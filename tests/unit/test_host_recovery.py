@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,7 @@ from loopback.host import proc, transitions, watchdog
 from loopback.host.disk import Disk
 from loopback.host.state import HostState, ModuleState, ModuleStore, Store, version_name
 
+NOW = datetime(2026, 11, 1, tzinfo=UTC)
 OLD = Running(version="1.0", package="a" * 64, policy="b" * 64, policy_serial=1)
 NEW = Running(version="1.1", package="c" * 64, policy="d" * 64, policy_serial=2)
 FAULT = Refusal(Code.MODULE_UNHEALTHY, "it is not well")
@@ -45,7 +47,7 @@ def forward(target: Running, generation: int, *, returning: bool = False) -> lis
         lambda s: transitions.accept(s, entry(target, generation, returning=returning)),
         lambda s: transitions.step(s, "download", Phase.DOWNLOADING),
         lambda s: transitions.step(s, "verify", Phase.VERIFYING),
-        lambda s: transitions.unpacked(s, target.package, "f" * 64),
+        lambda s: transitions.signed(s, target.package, ("f" * 64,)),
         lambda s: transitions.step(s, "stage", Phase.STAGED),
         lambda s: transitions.begin_trial(s, 1.0),
         lambda s: transitions.trial_process(s, 7, 9),
@@ -151,7 +153,7 @@ def test_a_target_that_was_never_tried_is_not_given_up_for_another_ones_interrup
     assert (refused.target, refused.attempts) == (other, 0)
     same = transitions.reject(state, Refusal(Code.HOST_LOOP, "x"), entry(NEW, 3))
     assert same.attempts == transitions.MAX_ATTEMPTS, "asking again does not forgive it"
-    assert transitions.settle(state, 3, "r3", False).attempts == 0
+    assert transitions.settle(state, entry(OLD, 3, rollout="r3")).attempts == 0
 
 
 def test_a_reason_is_kept_no_longer_than_a_report_has_room_for() -> None:
@@ -274,7 +276,7 @@ def test_a_kill_before_any_change_of_the_disk_leaves_old_or_new_and_links_that_a
 ) -> None:
     folder = tmp_path_factory.mktemp("walk")
     calm = Store(Disk(), folder)
-    calm.open(lambda: "i")
+    calm.open(lambda: "i", NOW)
     calm.module("tiny").change(lambda _: start(OLD))
     dying = Store(DyingDisk(at, Killed()), folder).module("tiny")
     finished = False
@@ -294,7 +296,7 @@ def test_a_kill_before_any_change_of_the_disk_leaves_old_or_new_and_links_that_a
 
 def test_a_full_disk_is_a_refusal_and_leaves_what_was_there(tmp_path: Path) -> None:
     calm = Store(Disk(), tmp_path)
-    calm.open(lambda: "i")
+    calm.open(lambda: "i", NOW)
     calm.module("tiny").change(lambda _: start(OLD))
     before = calm.module("tiny").read()
 
@@ -310,11 +312,11 @@ def test_a_full_disk_is_a_refusal_and_leaves_what_was_there(tmp_path: Path) -> N
 
 def test_a_damaged_state_is_refused_and_not_taken_for_a_new_host(tmp_path: Path) -> None:
     store = Store(Disk(), tmp_path)
-    first = store.open(lambda: "first")
-    assert store.open(lambda: "second") == first == HostState(incarnation="first")
+    first = store.open(lambda: "first", NOW)
+    assert store.open(lambda: "second", NOW) == first == HostState(incarnation="first", since=NOW)
     (tmp_path / "state.json").write_bytes(b'{"incarnation": "fi')
     with pytest.raises(Refused) as caught:
-        store.open(lambda: "third")
+        store.open(lambda: "third", NOW)
     assert caught.value.code == Code.HOST_DISK
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,10 +12,12 @@ from loopback.contracts.abi import HealthReport
 from loopback.contracts.codes import Code, Refusal
 from loopback.contracts.desired import Running
 from loopback.contracts.reports import Phase
+from loopback.contracts.trustdoc import WorkspaceRules
 from loopback.host import status
 from loopback.host.state import ModuleState
 from loopback.host.trial import CONFIRM_S, Outcome, Seen, judge
 
+NOW = datetime(2026, 11, 1, tzinfo=UTC)
 TARGET = Running(version="1.0", package="a" * 64, policy="p1", policy_serial=1)
 WELL = HealthReport(state="ok", enforcing=True, policy="p1")
 DIED = Refusal(Code.MODULE_DIED, "it died")
@@ -117,7 +121,7 @@ class Process:
 def test_the_agent_is_degraded_while_a_module_is_not_well(
     state: ModuleState, process: Process | None, agent: str
 ) -> None:
-    found = status.modules({"m": state}, {"m": process} if process else {})
+    found = status.modules({"m": state}, {"m": process} if process else {}, WorkspaceRules(), NOW)
     assert status.agent(found) == agent
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from loopback.bpf.build import compile_object
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.build import BuiltPackage, build_module
 from loopback.trust import package
@@ -80,6 +90,8 @@ def test_an_overlay_replaces_packaged_files_and_programs_before_they_are_compile
         "bpf/tiny.bpf.o",
         "digests.json",
         "lib/loopback/contracts/codes.py",
+        "provenance.json",
+        "sbom.cdx.json",
     }
     assert (source / "bpf/programs/tiny.bpf.c").read_text() == PROGRAM
 
@@ -137,3 +149,146 @@ def test_a_folder_without_a_readable_manifest_is_refused(
     with pytest.raises(Refused) as caught:
         build_module(source, out=tmp_path / "out")
     assert caught.value.code == Code.MANIFEST_INVALID
+
+
+def test_what_went_in_is_named_with_its_digest_and_the_exact_tools(source: Path, tmp_path: Path) -> None:
+    built = build_module(source, out=tmp_path)
+    info = package.inspect(built.path)
+    found = package.check_described(built.path, info)
+    assert found.tools["python"] == platform.python_version()
+    assert re.fullmatch(r".*clang version \d+\.\d+\.\d+.*", found.tools["clang"])
+    assert {"clang", "libbpf-headers", "linux-headers", "python"} == found.tools.keys()
+    assert not [v for v in found.tools.values() if "?" in v or not v]
+    statement = json.loads(package.read(built.path, info, "provenance.json", most=1 << 20))
+    inputs = {
+        r["name"]: r["digest"]["sha256"]
+        for r in statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+        if "digest" in r
+    }
+    for name in ("module.toml", "bpf/programs/tiny.bpf.c", "bpf/programs/tiny.h"):
+        assert inputs[f"source/{name}"] == hashlib.sha256((source / name).read_bytes()).hexdigest()
+    helpers = Path("/usr/include/bpf/bpf_helpers.h").read_bytes()
+    assert inputs["header/bpf/bpf_helpers.h"] == hashlib.sha256(helpers).hexdigest()
+    assert f"source/loopback/{'contracts/codes.py'}" in inputs
+    (source / "bpf/programs/tiny.h").write_text("#define VERDICT XDP_PASS /* said otherwise */\n")
+    again = build_module(source, out=tmp_path / "again")
+    changed = package.inspect(again.path)
+    assert {n for n in info.digests if info.digests[n] != changed.digests[n]} == {
+        "digests.json",
+        "provenance.json",
+    }, "a change that makes no other object is still seen in the digest of the sources"
+
+
+CHILD = """
+import os, sys
+from pathlib import Path
+from loopback.modules.build import build_module
+from loopback.bpf.build import versions
+uid = int(sys.argv[3])
+os.umask(int(sys.argv[4], 8))
+if uid:
+    os.setgroups([]), os.setgid(uid), os.setuid(uid)
+print(build_module(Path(sys.argv[1]), out=Path(sys.argv[2])).digest)
+"""
+NAMES = ("contracts", "trust", "bpf", "modules", "src")
+
+
+def checkout(place: Path) -> Path:
+    """The code that packages are made of, copied to another place; the folder to import it from."""
+    top = Path(__file__).parents[2]
+    for name in NAMES:
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(top / name, place / name, symlinks=True, ignore=ignored)
+    return place / "src"
+
+
+def test_the_same_sources_give_the_same_bytes_on_any_machine() -> None:
+    """By whomever, wherever, whenever and under whatever settings: umask, locale, time zone, hash seed, user, checkout's path,
+    order and times of files, variables that compilers read, the folder that one stands in.
+    """
+    manifest = (Path(__file__).parents[2] / "modules/firewall/module.toml").read_text()
+    found: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder)
+        top.chmod(0o755)
+        (top / "trap").mkdir()
+        (top / "trap/stdbool.h").write_text("#error this machine has other headers\n")
+
+        def built(
+            name: str, where: str, uid: int = 0, umask: str = "022", cwd: str = "/", **env: str
+        ) -> None:
+            place = top / where
+            if not place.exists():
+                place.mkdir(parents=True)
+                checkout(place)
+                (place / "module").mkdir()
+                (place / "module/module.toml").write_text(manifest)
+            out = top / f"out-{len(found)}"
+            out.mkdir()
+            os.chown(out, uid, uid)
+            environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(place / "src"), **env}
+            done = subprocess.run(
+                [sys.executable, "-B", "-c", CHILD, str(place / "module"), str(out), str(uid), umask],
+                env=environment, cwd=cwd, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            found[name] = done.stdout.strip()
+
+        built("plain", "one")
+        built("another checkout, deeper and with a blank", "two/a b/c")
+        for path in sorted((top / "two").rglob("*"), reverse=True):
+            os.utime(path, (1, 1), follow_symlinks=False)
+            if path.is_file():  # made anew, in another order, with other modes
+                content = path.read_bytes()
+                path.unlink()
+                path.write_bytes(content)
+                path.chmod(0o755)
+        built("other times, modes and order", "two/a b/c", cwd=str(top))
+        built("umask", "one", umask="077")
+        built("user", "one", uid=65534)
+        built("locale and time zone", "one", LC_ALL="tr_TR.UTF-8", LANG="de_DE", TZ="Pacific/Kiritimati")
+        built("hash seed", "one", PYTHONHASHSEED="1")
+        built("another hash seed", "one", PYTHONHASHSEED="4242")
+        built("Python's settings", "one", PYTHONUTF8="0", PYTHONOPTIMIZE="2", PYTHONIOENCODING="latin-1")
+        trap = str(top / "trap")
+        built(
+            "the compiler's settings",
+            "one",
+            CPATH=trap,
+            C_INCLUDE_PATH=trap,
+            SOURCE_DATE_EPOCH="1",
+            CCC_OVERRIDE_OPTIONS="+-O0",
+        )
+    assert len(found) == 10
+    assert len(set(found.values())) == 1, found
+
+
+def test_the_module_of_the_authors_page_is_built_and_holds_its_own_code(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/module-author.md").read_text()
+    (tmp_path / "hello").mkdir()
+    code, described = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("python", "toml"))
+    (tmp_path / "hello/hello.py").write_text(code)
+    (tmp_path / "hello/module.toml").write_text(described)
+    built = build_module(tmp_path / "hello", out=tmp_path)
+    files = contents(built, tmp_path / "unpacked")
+    assert files["lib/hello.py"].decode() == code
+    assert package.check_described(built.path, package.inspect(built.path)).license == "Apache-2.0"
+    done = subprocess.run(
+        [sys.executable, "-B", "-P", "-c", "import hello; print(hello.Hello.name)"],
+        env={"PYTHONPATH": str(tmp_path / "unpacked/lib"), "PATH": os.environ["PATH"]},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("hello\n", ""), "what it imports lies beside it"
+
+
+def test_an_object_holds_no_path_of_the_machine_that_compiled_it(source: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "another" / "and deeper"]
+    objects = []
+    for folder in folders:
+        shutil.copytree(source / "bpf/programs", folder)
+        inputs = compile_object(folder / "tiny.bpf.c", folder / "out" / "tiny.o")
+        assert {p.name for p in inputs if p.parent == folder} == {"tiny.bpf.c", "tiny.h"}
+        objects.append((folder / "out" / "tiny.o").read_bytes())
+    assert objects[0] == objects[1]
+    assert str(tmp_path).encode() not in objects[0]
+    assert b"tiny.bpf.c" in objects[0], "debug information is there, and names the source"

@@ -14,7 +14,7 @@ from strategies_firewall import plain_policies
 
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import policy
-from loopback.modules.firewall.model import Action, Direction, Limit, PortRange, Prefix
+from loopback.modules.firewall.model import Action, Direction, Limit, PortRange, Prefix, PrefixTable
 from loopback.modules.firewall.policy_text import MAX_PROBLEMS, PolicyRefused
 
 FIRST_FORM = b"""\
@@ -54,7 +54,7 @@ def refusal(plain: Any) -> PolicyRefused:
 def test_the_first_form_of_the_language_reads_whole() -> None:
     found = policy.parse(FIRST_FORM)
     assert found.default == {Direction.INGRESS: Action.DROP, Direction.EGRESS: Action.ACCEPT}
-    assert found.sets["web"] == (Prefix(4, 0x0A030000, 16),)
+    assert tuple(found.sets["web"]) == (Prefix(4, 0x0A030000, 16),)
     ssh, dns = found.rules
     assert (ssh.name, ssh.line, ssh.source_sets, ssh.protocols, ssh.ports) == (
         "ssh", 7, ("office",), (6,), (PortRange(22, 22),),
@@ -265,7 +265,8 @@ def test_aliases_that_grow_without_bound_are_refused_early() -> None:
 
 def test_an_alias_may_repeat_a_value() -> None:
     text = b"version: 1\ndefault: {ingress: drop, egress: drop}\nsets: {a: &a [10.0.0.0/8], b: *a}\n"
-    assert policy.parse(text).sets == {"a": (Prefix(4, 0x0A000000, 8),), "b": (Prefix(4, 0x0A000000, 8),)}
+    ten = PrefixTable.of([Prefix(4, 0x0A000000, 8)])
+    assert policy.parse(text).sets == {"a": ten, "b": ten}
 
 
 def test_yaml_words_are_not_numbers_in_disguise() -> None:
@@ -346,3 +347,12 @@ def test_a_packet_reads_from_json_with_nulls_and_names() -> None:
     assert (ping.icmp_type, ping.icmp_code) == (128, 0)
     with pytest.raises(PolicyRefused, match="unknown field 'port'"):
         policy.read_packet(b'{"src": "10.0.0.1", "dst": "10.0.0.2", "proto": 6, "port": 22}')
+
+
+def test_a_key_that_is_there_twice_behind_something_too_deep_is_refused() -> None:
+    """Found by the fuzzer, once in a million inputs."""
+    text = '{"version": 1, "default": ' + "[" * 40 + "]" * 40 + ', "rules": [], "rules": []}'
+    with pytest.raises(Refused) as caught:
+        policy.parse(text.encode(), "p.json")
+    assert caught.value.code is Code.POLICY_MALFORMED
+    assert "deep" in caught.value.reason

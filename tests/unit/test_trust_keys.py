@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support_trust import archive
 
+from loopback.cli import home as installation
 from loopback.cli import keys, main, module
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.keys import SigningKey
@@ -93,6 +94,7 @@ def test_a_release_is_signed_on_top_of_what_is_published(home: Path, tmp_path: P
     assert list(signed) == ["2.module-firewall.json"]
     assert hashlib.sha256(archive()).hexdigest().encode() in signed["2.module-firewall.json"]
     keys.offline_key(home, "module-firewall").unlink()
+    installation.begin(None, None)  # another invocation, which has not opened the key yet
     with pytest.raises(Refused, match="loopback keys family firewall"):
         module.sign_release(home, repository(home), package.inspect(file))
 
@@ -107,9 +109,9 @@ def test_the_command_line_makes_and_shows_keys(tmp_path: Path, capsys: pytest.Ca
     home = tmp_path / "home"
     assert run(home, "keys", "show") == 2
     assert "loopback keys init" in capsys.readouterr().err
-    assert run(home, "keys", "init") == 0
+    assert run(home, "keys", "init", "--unencrypted") == 0
     assert "offline/root.pem" in capsys.readouterr().err
-    assert run(home, "keys", "init") == 2
+    assert run(home, "keys", "init", "--unencrypted") == 2
     assert "never overwritten" in capsys.readouterr().err
     assert run(home, "keys", "show", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
@@ -124,9 +126,9 @@ def test_the_command_line_makes_and_shows_keys(tmp_path: Path, capsys: pytest.Ca
     ("spoil", "code"),
     [
         (lambda data: data, 0),
-        (lambda data: data[:-600], 2),
-        (lambda data: data.replace(b"x = 1", b"x = 2"), 2),
-        (lambda data: b"", 2),
+        (lambda data: data[:-600], 1),
+        (lambda data: data.replace(b"x = 1", b"x = 2"), 1),
+        (lambda data: b"", 1),
     ],
 )
 def test_verify_says_which_check_failed_without_a_traceback(
@@ -137,7 +139,7 @@ def test_verify_says_which_check_failed_without_a_traceback(
     assert run(tmp_path / "home", "module", "verify", str(file)) == code
     said = capsys.readouterr()
     assert "Traceback" not in said.err
-    assert ("p.lbm" in said.err and "[package." in said.err) if code else "firewall 1.0.0" in said.out
+    assert ("p.lbm" in said.out and "[package." in said.out) if code else "firewall 1.0.0" in said.out
 
 
 def test_building_and_publishing_nonsense_is_explained(

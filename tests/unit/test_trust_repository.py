@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from support_trust import NOW, MemoryRepository, archive
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+from securesystemslib.signer import CryptoSigner, SSlibKey
+from support_trust import NOW, Client, MemoryRepository, archive, refusal
+from tuf.api.metadata import Metadata
 
+from loopback.contracts import trustdoc
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.keys import SigningKey
 from loopback.trust import signing
-from loopback.trust.repository import TrustedRepository, target_path
-
-Client = Callable[..., TrustedRepository]
-
-
-@pytest.fixture
-def repository() -> MemoryRepository:
-    return MemoryRepository()
-
-
-@pytest.fixture
-def client(repository: MemoryRepository, tmp_path: Path) -> Client:
-    TrustedRepository.pin(tmp_path / "tuf", repository.pinned)
-
-    def make(now: datetime = NOW) -> TrustedRepository:
-        return TrustedRepository(tmp_path / "tuf", repository.fetch, now=lambda: now)
-
-    return make
-
-
-def refusal(action: Callable[[], object]) -> Code:
-    with pytest.raises(Refused) as caught:
-        action()
-    return caught.value.code
+from loopback.trust.repository import TrustedRepository, key_id, target_path
 
 
 def test_a_published_release_is_found_with_its_length_digest_and_channel(
@@ -49,6 +32,63 @@ def test_a_published_release_is_found_with_its_length_digest_and_channel(
     assert found is not None
     assert (found.length, found.custom) == (len(data), {"channel": "canary", "version": "1.0.0"})
     assert client().find(target_path("firewall", "9.9.9")) is None
+
+
+def test_a_release_says_by_our_own_key_ids_who_signed_it(
+    repository: MemoryRepository, client: Client
+) -> None:
+    """Only keys whose signatures hold and whom the delegation names: neither strangers nor broken signatures count."""
+    first, second = repository.keys[repository.role], SigningKey.generate()
+    stranger, broken = SigningKey.generate(), SigningKey.generate()
+    delegations = repository.targets.delegations
+    assert delegations is not None and delegations.roles is not None
+    for key in (second, broken):
+        delegations.keys[signing.tuf_key(key).keyid] = signing.tuf_key(key)
+        delegations.roles[repository.role].keyids.append(signing.tuf_key(key).keyid)
+    repository.targets.version += 1
+    repository.add_release(archive(), "1.0.0")
+    repository.publish()
+    signed = signing.sign(repository.releases, first, second, stranger, broken)
+    held = Metadata.from_bytes(signed).signatures[signing.tuf_key(broken).keyid].signature
+    signed = signed.replace(held.encode(), held[:-2].encode() + (b"00" if held[-2:] != "00" else b"11"))
+    name = f"{repository.releases.version}.{repository.role}.json"
+    repository.files[name] = signed
+    repository.publish_snapshot(NOW, {"targets": repository.files["2.targets.json"], repository.role: signed})
+    found = client().release("firewall", "1.0.0")
+    assert found is not None
+    assert found.signers == tuple(sorted((first.public.keyid, second.public.keyid)))
+    offline = client()
+    offline.load()
+    again = offline.release("firewall", "1.0.0")
+    assert again is not None and again.signers == found.signers
+
+
+def test_a_target_of_the_top_level_is_signed_by_the_targets_key(
+    repository: MemoryRepository, client: Client
+) -> None:
+    found = client().find(trustdoc.TARGET)
+    assert found is not None and found.signers == (repository.keys["targets"].public.keyid,)
+
+
+def test_a_key_has_one_id_however_it_is_written() -> None:
+    """Ed25519 keys have the id that pins and trust documents use; a PEM's line ends and TUF's own ids make no difference."""
+    key = SigningKey.generate()
+    assert key_id(signing.tuf_key(key)) == key.public.keyid
+    for made in (CryptoSigner.generate_ecdsa(), CryptoSigner.generate_rsa()):
+        public = made.public_key
+        spki = load_pem_public_key(public.keyval["public"].encode()).public_bytes(
+            Encoding.DER, PublicFormat.SubjectPublicKeyInfo
+        )
+        assert key_id(public) == hashlib.sha256(spki).hexdigest()
+        other = SSlibKey(
+            "another-id",
+            public.keytype,
+            public.scheme,
+            {"public": public.keyval["public"].replace("\n", "\r\n")},
+        )
+        assert key_id(other) == key_id(public)
+    odd = SSlibKey("x", "odd", "odd", {"public": "?"})
+    assert re.fullmatch("[0-9a-f]{64}", key_id(odd))
 
 
 def test_the_trust_document_is_checked_against_its_signed_digest(
@@ -114,6 +154,30 @@ def test_a_frozen_repository_expires(repository: MemoryRepository, client: Clien
     assert refusal(client(late).refresh) == Code.TUF_EXPIRED
     repository.publish(late)
     client(late).refresh()
+
+
+@pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets", "module-firewall"])
+def test_without_a_network_what_expired_is_called_expired_and_not_out_of_reach(
+    repository: MemoryRepository, client: Client, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    """Else a host that is cut off would think that nothing but its connection is wrong, and go on."""
+    path = repository.add_release(archive(), "1.0.0")
+    lives = dict.fromkeys(("timestamp", "snapshot", "targets", "module-firewall"), timedelta(days=100))
+    lives[role] = timedelta(days=2)
+    monkeypatch.setattr(signing, "TIMESTAMP_LIFE", lives["timestamp"])
+    monkeypatch.setattr(signing, "SNAPSHOT_LIFE", lives["snapshot"])
+    repository.targets.expires = NOW + lives["targets"]
+    repository.releases.expires = NOW + lives["module-firewall"]
+    repository.publish()
+    assert client().find(path) is not None
+
+    def look(days: int) -> None:
+        offline = client(NOW + timedelta(days=days))
+        offline.load()
+        assert offline.find(path) is not None
+
+    look(1)
+    assert refusal(lambda: look(3)) == Code.TUF_EXPIRED
 
 
 def test_a_clock_set_back_does_not_revive_expired_metadata(
@@ -234,21 +298,27 @@ def test_pinning_something_else_than_a_root_is_refused(repository: MemoryReposit
 
 
 def test_metadata_is_flushed_to_the_disk_before_it_is_renamed(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """python-tuf's own writer does not flush; this also notices if it stops asking ours."""
     events: list[str] = []
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: events.append("fsync") or fsync(fd))
-    monkeypatch.setattr(
-        Path, "replace", lambda self, to: events.append(f"rename {Path(to).name}") or replace(self, to)
-    )
+    monkeypatch.setattr(Path, "replace", lambda self, to: events.append(Path(to).name) or replace(self, to))
     client().refresh()
-    for name in ("timestamp.json", "snapshot.json", "targets.json"):
-        at = events.index(f"rename {name}")
-        assert events[at - 1 : at + 2] == ["fsync", f"rename {name}", "fsync"]
+    at = events.index(".tuf-staged")
+    # The pinned root was flushed when it was pinned, and is only given another name: four files and two folders.
+    assert events[:at] == ["fsync"] * 6, "before the one rename that counts"
+    assert events[at + 1] == "fsync", "and then that rename itself"
+    names = {"1.root.json", "timestamp.json", "snapshot.json", "targets.json", "clock-floor", "root.json"}
+    assert set(events[at + 2 :]) == names
+    assert (tmp_path / "tuf" / "root_history" / "1.root.json").samefile(tmp_path / "tuf" / "pinned-root")
+    events.clear()
+    client().refresh()
+    assert events == [], "where nothing is new, nothing is written"
 
 
 def test_the_clock_floor_is_when_the_newest_timestamp_was_issued(client: Client, tmp_path: Path) -> None:
     client().refresh()
-    assert datetime.fromisoformat((tmp_path / "tuf" / "clock-floor").read_text()) == NOW.astimezone(UTC)
+    floor = json.loads((tmp_path / "tuf" / "clock-floor").read_bytes())
+    assert datetime.fromisoformat(floor["issued"]) == NOW.astimezone(UTC)
