@@ -16,7 +16,8 @@ from typing import Final, NamedTuple, Self
 
 from loopback.bpf import loader
 from loopback.bpf.build import compile_object
-from loopback.bpf.loader import Loaded, Program
+from loopback.bpf.loader import Loaded
+from loopback.bpf.objects import Program
 
 SOURCE: Final = Path(__file__).parent / "programs" / "datapath.bpf.c"
 TABLE: Final = 65536  # tuples that the program's tables hold

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from datapath_kernel import Bench, Tuple
 
-from loopback.bpf.loader import Program
+from loopback.bpf.objects import Program
 from loopback.contracts.codes import Refused
 from loopback.modules.firewall import policy as policies
 from loopback.modules.firewall.datapath import Datapath

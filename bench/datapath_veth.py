@@ -27,7 +27,8 @@ from datapath_limited import CLONE_NEWNET, measuring_cpu, pinned
 
 from loopback.bpf import loader
 from loopback.bpf.hooks import XdpLink
-from loopback.bpf.loader import LIVE_FRAMES, ensure_bpffs
+from loopback.bpf.kernel import ensure_bpffs
+from loopback.bpf.objects import LIVE_FRAMES
 
 HOST_MAC, PEER_MAC = "02:77:00:00:00:01", "02:77:00:00:00:02"  # as in `frame`
 SAMPLE_S: Final = 0.25  # how long one sample runs

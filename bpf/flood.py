@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from loopback.bpf import loader
+from loopback.bpf import libbpf, loader, objects
 from loopback.bpf.build import compile_object
 from loopback.contracts.codes import Code, Refused
 
@@ -68,7 +68,7 @@ class Flood:
     @property
     def sent(self) -> int:
         """Frames handed over since the beginning; a full queue at the other end may have lost some of them."""
-        cpus = loader.possible_cpus()
+        cpus = libbpf.possible_cpus()
         each = self._loaded.maps["sent"].lookup(_ZERO, ct.sizeof(ct.c_uint64) * cpus)
         return sum(struct.unpack(f"={cpus}Q", each)) if each else 0
 
@@ -77,7 +77,7 @@ class Flood:
         while number > 0:
             chunk = min(number, CHUNK)
             self._program.run(
-                self._frame, repeat=chunk, context=self._context, flags=loader.LIVE_FRAMES, batch=BATCH
+                self._frame, repeat=chunk, context=self._context, flags=objects.LIVE_FRAMES, batch=BATCH
             )
             number -= chunk
 

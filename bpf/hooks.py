@@ -11,8 +11,9 @@ import os
 from pathlib import Path
 from typing import Final, Literal
 
-from loopback.bpf import loader, rtnl
-from loopback.bpf.loader import Program, refused
+from loopback.bpf import libbpf, rtnl
+from loopback.bpf.libbpf import refused
+from loopback.bpf.objects import Program
 
 BPF_XDP: Final = 37
 XDP_SKB, XDP_NATIVE = 1 << 1, 1 << 2
@@ -75,7 +76,7 @@ class XdpLink:
     @classmethod
     def create(cls, ifindex: int, program: Program) -> XdpLink:
         """Attach in native mode, else in generic mode. Raises SlotTaken, Refused."""
-        lib = loader._library()
+        lib = libbpf.library()
         result = 0
         for flags, mode in ((XDP_NATIVE, "native"), (XDP_SKB, "generic")):
             options = _LinkOptions(sz=16, flags=flags)
@@ -89,7 +90,7 @@ class XdpLink:
     @classmethod
     def pinned(cls, path: Path) -> XdpLink:
         """A pinned link; its name ends in its mode. Raises Refused."""
-        fd = loader._library().bpf_obj_get(os.fsencode(path))
+        fd = libbpf.library().bpf_obj_get(os.fsencode(path))
         if fd < 0:
             raise refused(fd, f"opening {path}")
         return cls(fd, "generic" if path.name.endswith("generic") else "native")
@@ -97,7 +98,7 @@ class XdpLink:
     def _info(self) -> _LinkInfo:
         info = _LinkInfo()
         length = ct.c_uint32(ct.sizeof(info))
-        result = loader._library().bpf_obj_get_info_by_fd(self.fd, ct.byref(info), ct.byref(length))
+        result = libbpf.library().bpf_obj_get_info_by_fd(self.fd, ct.byref(info), ct.byref(length))
         if result < 0:
             raise refused(result, "reading a link")
         return info
@@ -114,13 +115,13 @@ class XdpLink:
 
     def update(self, program: Program) -> None:
         """Replace the program; every packet meets the one or the other. Raises Refused."""
-        result = loader._library().bpf_link_update(self.fd, program.fd, None)
+        result = libbpf.library().bpf_link_update(self.fd, program.fd, None)
         if result < 0:
             raise refused(result, "replacing an XDP program")
 
     def pin(self, path: Path) -> None:
         """Keep it beyond this process. Raises Refused."""
-        result = loader._library().bpf_obj_pin(self.fd, os.fsencode(path))
+        result = libbpf.library().bpf_obj_pin(self.fd, os.fsencode(path))
         if result < 0:
             raise refused(result, f"pinning {path}")
 
@@ -137,7 +138,7 @@ def _hook(ifindex: int, point: int) -> _TcHook:
 
 def tc_attach(ifindex: int, point: int, program: Program) -> None:
     """Put a program on TC ingress or egress, in the place of our earlier one. Raises Refused."""
-    lib = loader._library()
+    lib = libbpf.library()
     hook = _hook(ifindex, TC_INGRESS | TC_EGRESS)
     result = lib.bpf_tc_hook_create(ct.byref(hook))
     if result < 0 and -result != errno.EEXIST:
@@ -147,7 +148,7 @@ def tc_attach(ifindex: int, point: int, program: Program) -> None:
         sz=ct.sizeof(_TcOptions), prog_fd=program.fd, flags=TC_REPLACE, handle=TC_HANDLE, priority=TC_PRIORITY
     )
     result = lib.bpf_tc_attach(ct.byref(hook), ct.byref(options))
-    loader._lines.clear()
+    libbpf.lines.clear()
     if result < 0:
         raise refused(result, f"attaching TC to device {ifindex}")
 
@@ -156,8 +157,8 @@ def tc_program(ifindex: int, point: int) -> int:
     """The id of the program that is there in our place, 0 when none."""
     hook = _hook(ifindex, point)
     options = _TcOptions(sz=ct.sizeof(_TcOptions), handle=TC_HANDLE, priority=TC_PRIORITY)
-    result = loader._library().bpf_tc_query(ct.byref(hook), ct.byref(options))
-    loader._lines.clear()
+    result = libbpf.library().bpf_tc_query(ct.byref(hook), ct.byref(options))
+    libbpf.lines.clear()
     return int(options.prog_id) if result >= 0 else 0
 
 
@@ -165,8 +166,8 @@ def tc_detach(ifindex: int, point: int) -> None:
     """Take ours away, and clsact with the last filter of anybody; harmless when there is none."""
     hook = _hook(ifindex, point)
     options = _TcOptions(sz=ct.sizeof(_TcOptions), handle=TC_HANDLE, priority=TC_PRIORITY)
-    loader._library().bpf_tc_detach(ct.byref(hook), ct.byref(options))
-    loader._lines.clear()
+    libbpf.library().bpf_tc_detach(ct.byref(hook), ct.byref(options))
+    libbpf.lines.clear()
     try:
         if rtnl.has_clsact(ifindex) and rtnl.filters(ifindex) == 0:
             rtnl.remove_clsact(ifindex)

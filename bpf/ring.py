@@ -7,8 +7,9 @@ import errno
 from collections.abc import Callable
 from typing import Any, Final
 
-from loopback.bpf import loader
-from loopback.bpf.loader import Map, refused
+from loopback.bpf import libbpf
+from loopback.bpf.libbpf import refused
+from loopback.bpf.objects import Map
 
 MOST: Final = (
     1000  # records in one call: the kernel may write faster than they are read, and others wait meanwhile
@@ -20,7 +21,7 @@ class Ring:
 
     def __init__(self, ring: Map, on: Callable[[bytes], None]) -> None:
         """`on` gets each record. Raises Refused."""
-        lib = loader._library()
+        lib = libbpf.library()
         lib.ring_buffer__new.restype = ct.c_void_p
         lib.ring_buffer__new.argtypes = [ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_void_p]
 
@@ -45,7 +46,7 @@ class Ring:
 
     def fileno(self) -> int:
         """Readable when there are records."""
-        return int(loader._library().ring_buffer__epoll_fd(self._handle))
+        return int(libbpf.library().ring_buffer__epoll_fd(self._handle))
 
     def consume(self) -> int:
         """Hand over what is there now, MOST at once. Returns how many records. Raises Refused, and what the reader raised.
@@ -53,7 +54,7 @@ class Ring:
         A record that the reader failed on is used up; those after it stay for the next call.
         """
         self._left = MOST
-        result = int(loader._library().ring_buffer__consume(self._handle))
+        result = int(libbpf.library().ring_buffer__consume(self._handle))
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -66,5 +67,5 @@ class Ring:
     def close(self) -> None:
         """Give it back."""
         if self._handle is not None:
-            loader._library().ring_buffer__free(self._handle)
+            libbpf.library().ring_buffer__free(self._handle)
             self._handle = None

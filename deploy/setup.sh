@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-packages="python3 python3-venv python3-bpfcc clang llvm libbpf-dev bpftool iproute2 util-linux iputils-ping procps libseccomp2"
+packages="python3 python3-venv clang llvm libbpf1 libbpf-dev bpftool iproute2 util-linux iputils-ping procps libseccomp2"
 [ "${1:-}" = test ] && packages="$packages docker.io nftables git systemd"
 
 missing=""
@@ -28,8 +28,8 @@ stamp=.venv/.installed
 want=$(cat requirements/*.txt pyproject.toml deploy/setup.sh | sha256sum)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
     echo "setup: installing the locked Python packages into .venv"
-    # Debian's interpreter, because only it sees Debian's bcc.
-    [ -x .venv/bin/python ] || /usr/bin/python3 -m venv --system-site-packages .venv
+    # Debian's interpreter, which is the one of hosts; nothing of Debian's own Python packages is seen.
+    [ -x .venv/bin/python ] || /usr/bin/python3 -m venv .venv
     .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
     .venv/bin/uv pip install -q --python .venv/bin/python --require-hashes -r requirements/lock.txt
     .venv/bin/uv pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from loopback.bpf import loader
+from loopback.bpf import libbpf
 from loopback.bpf.loader import Loaded
 
 TINY = Path(__file__).parent / "kernel" / "tiny.bpf.c"
@@ -36,7 +36,7 @@ def value(number: int) -> bytes:
 
 
 def counts(there: Loaded) -> list[int]:
-    cpus = loader.possible_cpus()
+    cpus = libbpf.possible_cpus()
     found = []
     for index in range(4):
         each = there.maps["seen"].lookup(key(index), 8 * cpus)

@@ -38,7 +38,7 @@ from scapy.packet import Raw
 
 from loopback.bpf import rtnl
 from loopback.bpf.flood import Flood
-from loopback.bpf.loader import ensure_bpffs
+from loopback.bpf.kernel import ensure_bpffs
 from loopback.cli.firewall_judge import object_file
 from loopback.modules.firewall import policy as policies
 from loopback.modules.firewall.datapath import Datapath

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from functools import cache
 from typing import Final, NamedTuple
 
-from loopback.bpf import loader
+from loopback.bpf import libbpf, loader
 
 LIMIT: Final = 512  # bytes along the deepest way of calls, in every kernel
 DEEPEST: Final = 8  # calls, likewise
@@ -60,12 +60,12 @@ def _leads(one: _Instruction) -> bool:
 
 
 def _linked(data: bytes, name: str) -> list[_Instruction]:
-    lib = loader._library()
+    lib = libbpf.library()
     lib.bpf_program__insns.restype = ct.c_void_p
     lib.bpf_program__insn_cnt.restype = ct.c_size_t
-    with loader._opened(data) as whole:
-        loader._programs_wanted(whole, name)
-        loader._check(lib.bpf_object__load(whole), "loading the object")
+    with loader.opened(data) as whole:
+        loader.programs_wanted(whole, name)
+        libbpf.check(lib.bpf_object__load(whole), "loading the object")
         program = ct.c_void_p(lib.bpf_object__find_program_by_name(whole, name.encode()))
         raw = ct.string_at(lib.bpf_program__insns(program), lib.bpf_program__insn_cnt(program) * 8)
     return [

@@ -16,7 +16,7 @@ from typing import Annotated, Final, NamedTuple
 import msgspec
 import typer
 
-from loopback.bpf import loader
+from loopback.bpf import kernel
 from loopback.cli.demo import network
 from loopback.cli.demo.show import Timeline
 from loopback.cli.demo.stage import Stage
@@ -76,7 +76,7 @@ def _residue(before: _Before, made: set[str], bpf: Path) -> list[str]:
     """What the demo left in the kernel, after giving it time to free what nobody refers to.
 
     Other software may load programs meanwhile, so only objects named as the demo's own were count. Names are asked for last:
-    that opens each object, which one that is just going does not bear (see `loader.object_ids`).
+    that opens each object, which one that is just going does not bear (see `kernel.object_ids`).
     """
     deadline = time.monotonic() + VANISH_S
     while True:
@@ -85,7 +85,7 @@ def _residue(before: _Before, made: set[str], bpf: Path) -> list[str]:
             *network.pins(bpf),
             *([f"mount {bpf}"] if os.path.ismount(bpf) else []),
         ]
-        fresh = loader.object_ids() - before.ids
+        fresh = kernel.object_ids() - before.ids
         if not left and not fresh:
             return []
         if time.monotonic() > deadline:
@@ -116,8 +116,8 @@ def demo_command(
         network.unmount_bpf(out / "bpf")
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        refuses = loader.why_unsupported()
-        before = _Before(network.kernel_objects(), loader.object_ids())
+        refuses = kernel.why_unsupported()
+        before = _Before(network.kernel_objects(), kernel.object_ids())
         story: Story | None = None
         finished = False
         made: set[str] = set()

@@ -15,7 +15,7 @@ import msgspec
 
 from loopback.bpf import hooks, rtnl
 from loopback.bpf.hooks import TC_EGRESS, TC_INGRESS, SlotTaken, XdpLink
-from loopback.bpf.loader import Program
+from loopback.bpf.objects import Program
 from loopback.bpf.rtnl import Device
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall.pins import Pins

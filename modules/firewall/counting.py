@@ -7,8 +7,8 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from loopback.bpf import layout, loader
-from loopback.bpf.loader import Map
+from loopback.bpf import layout, libbpf
+from loopback.bpf.objects import Map
 from loopback.modules.firewall.model import Action, Direction
 
 #: Counters of struct fw_totals that stand by themselves.
@@ -19,7 +19,7 @@ _PLAIN: Final = (
 
 def of_rules(maps: Sequence[Map], identities: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """(packets, bytes) by rule name. `maps` are the counters in use and those of smaller sets, which lack the last slots."""
-    cpus = loader.possible_cpus()
+    cpus = libbpf.possible_cpus()
     size = ct.sizeof(layout.Counter)
     found = {}
     for name, identity in identities.items():
@@ -32,7 +32,7 @@ def of_rules(maps: Sequence[Map], identities: Mapping[str, int]) -> dict[str, tu
 
 def forget(maps: Sequence[Map], slots: Iterable[int]) -> None:
     """Have these counter slots begin at nothing. Raises Refused."""
-    nothing = bytes(ct.sizeof(layout.Counter) * loader.possible_cpus())
+    nothing = bytes(ct.sizeof(layout.Counter) * libbpf.possible_cpus())
     for slot in slots:
         for one in maps:
             if slot < one.max_entries:
@@ -42,7 +42,7 @@ def forget(maps: Sequence[Map], slots: Iterable[int]) -> None:
 def totals(one: Map) -> dict[str, int]:
     """Packets by `direction.reason.verdict`, by `slot.<n>.<verdict>`, and the plain counters."""
     size = ct.sizeof(layout.Totals)
-    data = one.lookup(bytes(4), size * loader.possible_cpus()) or b""
+    data = one.lookup(bytes(4), size * libbpf.possible_cpus()) or b""
     found: dict[str, int] = {}
     for at in range(0, len(data), size):
         part = layout.Totals.from_buffer_copy(data, at)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from loopback.bpf import layout, rtnl
-from loopback.bpf.loader import Map
+from loopback.bpf.objects import Map
 from loopback.contracts.abi import Connection
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import compile as compiler

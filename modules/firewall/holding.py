@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from loopback.bpf import layout
-from loopback.bpf.loader import Loaded, Map, Program
+from loopback.bpf.loader import Loaded
+from loopback.bpf.objects import Map, Program
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import compile as compiler
 from loopback.modules.firewall import pins

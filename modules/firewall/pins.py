@@ -26,9 +26,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from loopback.bpf import layout, loader
+from loopback.bpf import kernel, layout, loader
 from loopback.bpf.hooks import XdpLink
-from loopback.bpf.loader import Loaded, Map, Program
+from loopback.bpf.loader import Loaded
+from loopback.bpf.objects import Map, Program
 from loopback.contracts.codes import Code, Refused
 
 MAPS: Final = tuple(layout.HELD)
@@ -95,7 +96,7 @@ class Pins:
         """
         if self.root is None:
             return self.make(flows=flows)
-        if not loader.is_bpffs(self.root):
+        if not kernel.is_bpffs(self.root):
             raise Refused(
                 Code.KERNEL_UNSUPPORTED,
                 f"kernel: {self.root} is in no bpf file system",

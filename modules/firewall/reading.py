@@ -15,7 +15,7 @@ from typing import Final, Self
 import msgspec
 
 from loopback.bpf import hooks, layout, rtnl
-from loopback.bpf.loader import Map, Program
+from loopback.bpf.objects import Map, Program
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import counting, packets
 from loopback.modules.firewall import flows as tracking

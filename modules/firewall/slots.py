@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Final
 
-from loopback.bpf import layout, loader, rtnl
-from loopback.bpf.loader import Map
+from loopback.bpf import layout, objects, rtnl
+from loopback.bpf.objects import Map
 from loopback.modules.firewall.compile import Compiled
 from loopback.modules.firewall.pins import Opened, Pins
 
@@ -63,7 +63,7 @@ class Slots:
             return
         self._settle()
         if self._through is None:
-            self._through = Map.create(loader.MAP_HASH, "fence", 4, 8, 1024)
+            self._through = Map.create(objects.MAP_HASH, "fence", 4, 8, 1024)
         self._waiting = key, self._threads.submit(self._set.maps["fence"].update_fd, 0, self._through)
 
     def _settle(self) -> None:
@@ -90,7 +90,7 @@ class Slots:
         index = epoch & 1
         interfaces: Map | None = None
         if compiled.interfaces or not self._empty(index):
-            interfaces = Map.create(loader.MAP_HASH, "interfaces", 4, 8, 1024)
+            interfaces = Map.create(objects.MAP_HASH, "interfaces", 4, 8, 1024)
             fill_interfaces(interfaces, compiled.interfaces)
         mark = self._random(_MARK.size)
         self.begin()

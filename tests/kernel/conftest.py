@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support_bpf import TINY
 
-from loopback.bpf import loader
+from loopback.bpf import kernel, loader
 from loopback.bpf.build import compile_object
 from loopback.bpf.loader import Loaded
 
@@ -53,10 +53,10 @@ def veth() -> Iterator[tuple[int, int]]:
 @pytest.fixture
 def pins(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "bpf"
-    assert not loader.is_bpffs(place)
-    assert loader.ensure_bpffs(place)
-    assert loader.is_bpffs(place)
-    assert not loader.ensure_bpffs(place)
+    assert not kernel.is_bpffs(place)
+    assert kernel.ensure_bpffs(place)
+    assert kernel.is_bpffs(place)
+    assert not kernel.ensure_bpffs(place)
     yield place
     subprocess.run(["umount", place], check=True)
-    assert not loader.is_bpffs(place)
+    assert not kernel.is_bpffs(place)

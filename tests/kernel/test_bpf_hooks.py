@@ -17,7 +17,8 @@ from support_bpf import FRAME, ONLY_THREE, counts, in_process, wait_for
 from loopback.bpf import hooks
 from loopback.bpf.flood import Flood
 from loopback.bpf.hooks import TC_EGRESS, TC_INGRESS, SlotTaken, XdpLink
-from loopback.bpf.loader import Loaded, Map, Program
+from loopback.bpf.loader import Loaded
+from loopback.bpf.objects import Map, Program
 from loopback.contracts.codes import Refused
 
 pytestmark = pytest.mark.kernel
@@ -200,18 +201,18 @@ def test_a_flood_of_what_is_no_frame_is_refused(frame: bytes, vary: tuple[int, i
 BEGIN = """
 import ctypes, socket, struct, sys
 from pathlib import Path
-from loopback.bpf import hooks, loader
+from loopback.bpf import hooks, kernel, loader, objects
 from loopback.bpf.ring import Ring
 pins, vb = Path(sys.argv[2]), socket.if_nametoindex("vb")
 rights = Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0]
 assert int(rights, 16) == 1 << 12 | 1 << 38 | 1 << 39, rights
-assert loader.why_unsupported() == ""
+assert kernel.why_unsupported() == ""
 tiny = loader.load(Path(sys.argv[1]).read_bytes())
 for name in ("table", "seen"):
     tiny.maps[name].pin(pins / name)
 tiny.programs["xdp_second"].pin(pins / "program")
 tiny.maps["table"].update(struct.pack("=I", 9), struct.pack("=Q", 99))
-inner = loader.Map.create(loader.MAP_HASH, "inner", 4, 8, 4)
+inner = objects.Map.create(objects.MAP_HASH, "inner", 4, 8, 4)
 tiny.maps["outer"].update_fd(0, inner)
 tiny.maps["word"].store_word(1)
 ring = Ring(tiny.maps["events"], lambda record: None)
@@ -226,13 +227,13 @@ link.close(), inner.close(), tiny.close()
 ADOPT = """
 import socket, struct, sys
 from pathlib import Path
-from loopback.bpf import hooks, loader
+from loopback.bpf import hooks, loader, objects
 pins, vb = Path(sys.argv[2]), socket.if_nametoindex("vb")
-table, seen = loader.Map.pinned(pins / "table"), loader.Map.pinned(pins / "seen")
+table, seen = objects.Map.pinned(pins / "table"), objects.Map.pinned(pins / "seen")
 assert table.lookup(struct.pack("=I", 9)) == struct.pack("=Q", 99)
 link = hooks.XdpLink.pinned(pins / "vb-native")
 assert (link.mode, link.ifindex) == ("native", vb)
-program = loader.Program.pinned(pins / "program")
+program = objects.Program.pinned(pins / "program")
 assert link.program_id != program.id
 link.update(program)
 assert link.program_id == program.id

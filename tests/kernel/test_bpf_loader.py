@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from support_bpf import FRAME, ONLY_THREE, WITHOUT_BPF, counts, in_process, key, value
 
-from loopback.bpf import loader
+from loopback.bpf import kernel, libbpf, loader, objects
 from loopback.bpf.build import compile_object
 from loopback.bpf.hooks import XdpLink
-from loopback.bpf.loader import Loaded, Map, Program
+from loopback.bpf.loader import Loaded
+from loopback.bpf.objects import Map, Program
 from loopback.bpf.ring import Ring
 from loopback.contracts.codes import Code, Refused
 
@@ -43,7 +44,7 @@ def test_entries_are_written_read_listed_and_deleted(tiny: Loaded) -> None:
     table.delete(key(1))
     assert table.lookup(key(1)) is None
     with pytest.raises(Refused) as refusal:
-        table.update(key(2), value(0), loader.BPF_NOEXIST)
+        table.update(key(2), value(0), objects.BPF_NOEXIST)
     assert refusal.value.code is Code.KERNEL_REFUSED
 
 
@@ -77,7 +78,7 @@ def test_a_word_stored_through_memory_is_what_the_program_reads(tiny: Loaded) ->
 def test_an_inner_map_is_what_the_outer_one_shows_from_then_on(tiny: Loaded) -> None:
     assert tiny.programs["look_inside"].run(FRAME)[0] == 0xFFFFFFFF
     for number in (70, 71):
-        inner = Map.create(loader.MAP_HASH, "inner", 4, 8, 4)
+        inner = Map.create(objects.MAP_HASH, "inner", 4, 8, 4)
         inner.update(key(7), value(number))
         tiny.maps["outer"].update_fd(0, inner)
         inner.close()
@@ -85,7 +86,7 @@ def test_an_inner_map_is_what_the_outer_one_shows_from_then_on(tiny: Loaded) -> 
 
 
 def test_a_prefix_map_answers_with_the_longest_match() -> None:
-    trie = Map.create(loader.MAP_LPM, "trie", 8, 8, 8, loader.NO_PREALLOC)
+    trie = Map.create(objects.MAP_LPM, "trie", 8, 8, 8, objects.NO_PREALLOC)
     try:
         prefixes = struct.pack("=I4B", 8, 10, 0, 0, 0) + struct.pack("=I4B", 16, 10, 1, 0, 0)
         trie.update_batch(prefixes, value(8) + value(16), 2)
@@ -191,7 +192,7 @@ def test_a_program_that_is_not_safe_is_refused_in_the_verifiers_words(tmp_path: 
         loader.load(data)
     assert refusal.value.code is Code.KERNEL_REFUSED
     assert "invalid access to packet" in refusal.value.reason
-    assert len(refusal.value.reason) < loader.MAX_LOG + 200
+    assert len(refusal.value.reason) < libbpf.MAX_LOG + 200
 
 
 def test_of_a_verifiers_log_of_megabytes_the_end_is_kept(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_of_a_verifiers_log_of_megabytes_the_end_is_kept(tmp_path: Path) -> None
         loader.load(data)
     assert refusal.value.code is Code.KERNEL_REFUSED
     assert "invalid access to packet" in refusal.value.reason
-    assert len(refusal.value.reason) < loader.MAX_LOG + 200
+    assert len(refusal.value.reason) < libbpf.MAX_LOG + 200
 
 
 def test_messages_of_libbpf_are_not_printed(
@@ -226,9 +227,9 @@ def test_a_missing_pin_is_refused_by_its_name(pins: Path) -> None:
 
 
 def test_where_bpf_is_not_permitted_that_is_what_it_says() -> None:
-    assert loader.why_unsupported() == ""
+    assert kernel.why_unsupported() == ""
     forbidden = [sys.executable, str(WITHOUT_BPF)]
-    said = in_process("from loopback.bpf import loader; print(loader.why_unsupported())", wrapper=forbidden)
+    said = in_process("from loopback.bpf import kernel; print(kernel.why_unsupported())", wrapper=forbidden)
     assert said.endswith("bpf() is not permitted (EPERM)")
     assert said.startswith(".".join(os.uname().release.split(".")[:2]) + ": ")
 
@@ -260,15 +261,15 @@ def without(name, *given, **named):
         raise OSError(f"{name}: cannot open shared object file")
     return real(name, *given, **named)
 ctypes.CDLL = without
-from loopback.bpf import flood, hooks, loader, ring
-print(loader.why_unsupported())
+from loopback.bpf import flood, hooks, kernel, loader, ring
+print(kernel.why_unsupported())
 """
     assert "libbpf cannot be reached" in in_process(script)
 
 
 def test_a_place_where_no_folder_can_be_made_is_refused_in_words() -> None:
     with pytest.raises(Refused, match="no bpf file system at /proc/loopback/bpf") as refusal:
-        loader.ensure_bpffs(Path("/proc/loopback/bpf"))
+        kernel.ensure_bpffs(Path("/proc/loopback/bpf"))
     assert "mount -t bpf" in refusal.value.next_step
 
 
@@ -276,10 +277,10 @@ def test_mounting_without_the_right_to_is_refused_in_words(tmp_path: Path) -> No
     script = """
 import sys
 from pathlib import Path
-from loopback.bpf import loader
+from loopback.bpf import kernel
 from loopback.contracts.codes import Refused
 try:
-    loader.ensure_bpffs(Path(sys.argv[1]))
+    kernel.ensure_bpffs(Path(sys.argv[1]))
 except Refused as refusal:
     print(refusal.reason)
 """

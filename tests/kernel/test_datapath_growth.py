@@ -26,7 +26,7 @@ from support_datapath import (
 
 from loopback.bpf import hooks, layout
 from loopback.bpf.hooks import XdpLink
-from loopback.bpf.loader import Map, Program
+from loopback.bpf.objects import Map, Program
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import holding
 from loopback.modules.firewall.pins import CORE

@@ -30,7 +30,7 @@ from support_datapath import (
 from loopback.bpf import hooks, layout, rtnl
 from loopback.bpf.flood import Flood
 from loopback.bpf.hooks import XdpLink
-from loopback.bpf.loader import Program
+from loopback.bpf.objects import Program
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall.datapath import Datapath
 from loopback.modules.firewall.pins import Pins

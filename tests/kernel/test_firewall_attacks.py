@@ -28,9 +28,9 @@ from support_datapath import (
     to_peer,
 )
 
-from loopback.bpf import hooks, layout, loader, rtnl
+from loopback.bpf import hooks, layout, objects, rtnl
 from loopback.bpf.build import compile_object
-from loopback.bpf.loader import Map
+from loopback.bpf.objects import Map
 from loopback.bpf.rtnl import Device
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import compile as compiler
@@ -230,7 +230,7 @@ def test_a_device_that_goes_during_a_commit_is_no_problem(
     going = Device(index=99999, name="gone0", kind=1, up=True)
     there, real, real_create = [going], rtnl.devices, hooks.XdpLink.create
 
-    def create(index: int, chosen: loader.Program) -> hooks.XdpLink:
+    def create(index: int, chosen: objects.Program) -> hooks.XdpLink:
         if index == going.index:
             there.clear()
         return real_create(index, chosen)
@@ -278,7 +278,7 @@ def test_a_release_killed_while_it_takes_over_is_undone_by_the_old_one(
     attached = 0
     real = hooks.tc_attach
 
-    def dies(index: int, point: int, chosen: loader.Program) -> None:
+    def dies(index: int, point: int, chosen: objects.Program) -> None:
         nonlocal attached
         attached += 1
         if attached == 2:

@@ -14,8 +14,8 @@ import pytest
 from support_datapath import HOST4, UDP, World, inside, to_host
 from support_firewall import Process, running, until
 
-from loopback.bpf import hooks, layout, loader, rtnl
-from loopback.bpf.loader import Map
+from loopback.bpf import hooks, kernel, layout, rtnl
+from loopback.bpf.objects import Map
 from loopback.contracts import abi
 from loopback.contracts.codes import Code
 from loopback.modules.build import build_module
@@ -234,7 +234,7 @@ def test_a_device_that_appears_is_covered_at_once(world: World, packages: dict[s
 def test_without_a_bpf_file_system_it_says_so_and_stays_up(
     world: World, packages: dict[str, Path], tmp_path: Path
 ) -> None:
-    assert not loader.is_bpffs(tmp_path)
+    assert not kernel.is_bpffs(tmp_path)
     with running(world, packages["1.0.0"], bpf_root=str(tmp_path)) as module:
         assert isinstance(module.configured, abi.Done)
         health = module.health
