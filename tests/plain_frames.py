@@ -1,6 +1,6 @@
 """What a frame says, read as plainly as it can be said: the second opinion on the parser of the eBPF programs.
 
-Written from the module's README and the RFCs (791, 8200, 4443, 3128), with slices and no cleverness.
+Written from the module's README and the RFCs (791, 8200, 4443, 3128, 3810, 6980), with slices and no cleverness.
 """
 
 from __future__ import annotations
@@ -91,14 +91,15 @@ def _ipv6(packet: bytes) -> Said:
         raise Not("truncated")
     length = _number(packet, 4, 2) or len(packet) - 40
     _need(packet, 40 + length)
-    following, rest, later = packet[6], packet[40:], False
+    following, rest, first, later = packet[6], packet[40:], False, False
     left = length
     for _ in range(MOST_EXTENSIONS):
         if following not in EXTENSIONS or later:
             break
         _need(rest, 8)
         size = 8 if following == 44 else (rest[1] + 2) * 4 if following == 51 else (rest[1] + 1) * 8
-        later = following == 44 and _number(rest, 2, 2) & 0xFFF8 != 0
+        place = _number(rest, 2, 2) if following == 44 else 0
+        first, later = first or place & 0xFFF9 == 1, place & 0xFFF8 != 0
         following, rest, left = rest[0], rest[size:], left - size
     if left < 0:
         raise Not("truncated")
@@ -107,7 +108,7 @@ def _ipv6(packet: bytes) -> Said:
         return said
     if following in EXTENSIONS:
         raise Not("unparsed")
-    return _transport(said, rest[:left], own=58, hop_limit=packet[7])
+    return _transport(said, rest[:left], own=58, hop_limit=0 if first else packet[7])
 
 
 def _transport(said: Said, data: bytes, *, own: int, hop_limit: int) -> Said:
@@ -120,7 +121,8 @@ def _transport(said: Said, data: bytes, *, own: int, hop_limit: int) -> Said:
     kind, code = data[0], data[1]
     if own == 58:
         discovery = 133 <= kind <= 137 and code == 0 and hop_limit == 255
-        listening = (130 <= kind <= 132 or kind == 143) and hop_limit == 1
+        near = said.source >> 118 == 0xFE80 >> 6 or said.source == 0
+        listening = (130 <= kind <= 132 or kind == 143) and hop_limit == 1 and near
         if discovery or listening:
             raise Not("essential")
     return said._replace(icmp=(kind, code))

@@ -90,8 +90,9 @@ static __always_inline bool within_limit(struct fw_rule *rule, __u32 identity, s
 	int i;
 
 	if (rule->flags & FW_LIMIT_SOURCE) {
+		/* in IPv6 a host has a /64 to itself, and takes another address of it whenever it likes */
 		key.source[0] = packet->source[0];
-		key.source[1] = packet->source[1];
+		key.source[1] = packet->family == 4 ? packet->source[1] : 0;
 	}
 	bucket = bpf_map_lookup_elem(&buckets, &key);
 	if (!bucket) {

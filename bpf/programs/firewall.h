@@ -239,7 +239,7 @@ enum fw_flow_stage {
 enum fw_flow_proof {
 	FW_ONE_SIDED = 0,
 	FW_ANSWERED = 1,
-	FW_PROVEN = 2, /* who began went on after the answer; in TCP he acknowledged it */
+	FW_PROVEN = 2, /* TCP: who began acknowledged the answer; others: this host began, was answered and went on */
 };
 
 /* What one hook direction said about the flow's original packet. */

@@ -115,19 +115,24 @@ static __always_inline void flow_touch(struct fw_flow *flow, struct flow_view *v
 {
 	__u32 stage = view->stage, proof = view->proof, number = flow->number, awaited = number;
 	bool tcp = packet->protocol == PROTO_TCP, syn = tcp && packet->tcp_flags & TCP_SYN;
+	bool reset = tcp && packet->tcp_flags & TCP_RST, fin = tcp && packet->tcp_flags & TCP_FIN;
 	__u64 now = bpf_jiffies64();
 
-	if (view->reply && proof != FW_PROVEN) {
+	/* A refusal is no answer. And without a handshake who began proves nothing by going on, unless it was this host: a forged
+	 * request gets its answer, and can be sent twice. */
+	if (view->reply && proof != FW_PROVEN && !reset) {
 		proof = FW_ANSWERED;
 		if (syn)
 			number = packet->number;
 	} else if (!view->reply && proof == FW_ANSWERED && !syn &&
-		   (!tcp || !number || packet->number - number < PROOF_WINDOW)) {
+		   (tcp ? !number || packet->number - number < PROOF_WINDOW : view->direction == FW_EGRESS)) {
 		proof = FW_PROVEN;
 	}
-	if (tcp && packet->tcp_flags & TCP_RST && (stage == FW_FLOW_OPEN || stage == FW_FLOW_RESET))
-		stage = FW_FLOW_RESET; /* only the handshake's numbers are checked: who guesses the ports can forge it */
-	else if (tcp && packet->tcp_flags & (TCP_RST | TCP_FIN))
+	/* Only the handshake's numbers are checked, so who guesses the ports can forge a reset, and an end where it comes in. The
+	 * host answers a real one by its own. */
+	if (reset && (stage == FW_FLOW_OPEN || stage == FW_FLOW_RESET))
+		stage = FW_FLOW_RESET;
+	else if (reset || (fin && packet->direction == FW_EGRESS))
 		stage = FW_FLOW_CLOSING;
 	else if (stage == FW_FLOW_RESET || (stage == FW_FLOW_OPENING && proof >= (tcp ? FW_PROVEN : FW_ANSWERED)))
 		stage = FW_FLOW_OPEN;
@@ -237,6 +242,18 @@ static __always_inline bool inner_packet(void *context, bool xdp, struct packet 
 		read_ipv6(inside->destination, ip.destination);
 		inside->protocol = ip.next;
 		at += sizeof(ip);
+		if (is_extension(ip.next)) {
+			struct walk walk = {.context = context, .offset = at, .next = ip.next};
+
+			if (xdp)
+				bpf_loop(FW_MAX_EXTENSIONS, walk_step_xdp, &walk, 0);
+			else
+				bpf_loop(FW_MAX_EXTENSIONS, walk_step_skb, &walk, 0);
+			if (walk.failed || walk.flags & LATER_FRAGMENT || is_extension(walk.next))
+				return false;
+			inside->protocol = walk.next;
+			at = walk.offset;
+		}
 	}
 	inside->family = packet->family;
 	if (carries_ports(inside->protocol)) {

@@ -183,12 +183,13 @@ static __always_inline enum fw_parsed parse_icmp(struct icmp *icmp, __u32 offset
 	}
 	if (is_icmp_error(packet->family, type))
 		packet->inner = offset + sizeof(*icmp);
-	if (packet->family == 6) {
-		/* Without these no IPv6 packet finds its next hop. A hop limit of 255 cannot come from beyond the link;
-		 * listener reports never leave it. */
+	/* Without these no IPv6 packet finds its next hop. A hop limit of 255 cannot come from beyond the link; listener messages
+	 * never leave it, and are sent from an address of the link or from none (RFC 3810, 5). Neither comes in fragments. */
+	if (packet->family == 6 && !(packet->flags & FIRST_FRAGMENT)) {
 		if (type >= 133 && type <= 137 && icmp->code == 0 && packet->flags & HOP_LIMIT_255)
 			return FW_ESSENTIAL;
-		if (((type >= 130 && type <= 132) || type == 143) && packet->flags & HOP_LIMIT_1)
+		if (((type >= 130 && type <= 132) || type == 143) && packet->flags & HOP_LIMIT_1 &&
+		    (packet->source[0] >> 54 == 0xfe80 >> 6 || !(packet->source[0] | packet->source[1])))
 			return FW_ESSENTIAL;
 	}
 	return FW_PARSED;

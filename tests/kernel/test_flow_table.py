@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes as ct
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.packet import Raw
-from support_datapath import HOST4, PEER4, policy_of, program, to_host, to_peer
+from support_datapath import HOST4, PEER4, policy_of, to_host, to_peer
+from support_table import MILLION, Table, answered, asked, living, racer_object, talk
 
-from loopback.bpf import layout, loader
-from loopback.bpf.build import compile_object
-from loopback.bpf.loader import Loaded
-from loopback.modules.firewall.datapath import Datapath
 from loopback.modules.firewall.model import Action, Direction
 
 pytestmark = pytest.mark.kernel
@@ -26,111 +21,26 @@ NAMES = "  - {name: names, proto: udp, ports: 53, action: accept}\n"
 WEB = "  - {name: web, proto: tcp, ports: 80, action: accept}\n"
 ASK = "  - {name: ask, direction: egress, proto: udp, ports: 1000-2000, action: accept}\n"
 POLICY = SHUT + NAMES + WEB + ASK
-PASS, GO_ON = 2, 0xFFFFFFFF
-MILLION = 1_000_000
 FLOWS = 65536
-
-
-class Control(ct.Structure):
-    _fields_ = tuple((name, ct.c_uint64) for name in ("turn", "count", "wrong", "careless", "epoch"))
-
-
-class Table:
-    """A private firewall of real programs, and the test's own beside them on the same maps."""
-
-    def __init__(self, data: bytes, flows: int, policy: str = POLICY) -> None:
-        self.datapath = Datapath(program(), flows=flows)
-        self.enforce(policy)
-        maps = self.datapath._maps
-        self.entries = memoryview(maps["flows"].memory())
-        half = self.datapath._pins.half
-        self.ours: Loaded = loader.load(
-            data,
-            reuse=maps,
-            constants={".rodata.sizes": bytes(layout.Sizes(half=half, buckets=flows // layout.WAYS))},
-        )
-
-    def enforce(self, policy: str) -> None:
-        self.datapath.stage(policy_of(policy))
-        self.datapath.commit(0)
-
-    def close(self) -> None:
-        self.entries.release()
-        self.ours.close()
-        self.datapath.close()
-
-    def control(self, **values: int) -> None:
-        self.ours.maps["control"].update(bytes(4), Control(epoch=self.datapath.generation, **values))
-
-    def found(self) -> Control:
-        return Control.from_buffer_copy(self.ours.maps["control"].lookup(bytes(4)) or b"")
-
-    def run(self, name: str, times: int, data: bytes = bytes(64)) -> None:
-        self.ours.programs[name].run(data, repeat=times)
-
-    def arrives(self, frame: object) -> bool:
-        return self.datapath._programs["fw_xdp"].run(bytes(frame))[0] == PASS  # type: ignore[call-overload]
-
-    def leaves(self, frame: object) -> bool:
-        return self.datapath._programs["fw_tc_egress"].run(bytes(frame))[0] == GO_ON  # type: ignore[call-overload]
-
-    def totals(self, *names: str) -> list[int]:
-        found = self.datapath.totals()
-        return [found[name] for name in names]
-
-    def change(self, **fields: int) -> None:
-        """Set fields of every entry that is taken; `quiet` says how long ago its last packet was, in jiffies."""
-        size = ct.sizeof(layout.Flow)
-        now = self.datapath._clock().jiffies
-        for at in range(0, len(self.entries) // size * size, size):
-            entry = layout.Flow.from_buffer(self.entries, at)
-            if entry.sequence:
-                for name, value in fields.items():
-                    if name == "quiet":
-                        entry.seen = now - value
-                    else:
-                        setattr(entry, name, value)
 
 
 @pytest.fixture(scope="module")
 def racer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    out = tmp_path_factory.mktemp("flows") / "flows.bpf.o"
-    compile_object(Path(__file__).parent / "flows.bpf.c", out)
-    return out.read_bytes()
+    return racer_object(tmp_path_factory.mktemp("flows"))
 
 
 @pytest.fixture
 def small(racer: bytes) -> Iterator[Table]:
-    table = Table(racer, 1024)
+    table = Table(racer, 1024, POLICY)
     yield table
     table.close()
 
 
 @pytest.fixture
 def large(racer: bytes) -> Iterator[Table]:
-    table = Table(racer, FLOWS)
+    table = Table(racer, FLOWS, POLICY)
     yield table
     table.close()
-
-
-def asked(number: int) -> object:
-    return to_peer(UDP(sport=6000 + number, dport=1000 + number), Raw(b"question"))
-
-
-def answered(number: int) -> object:
-    return to_host(UDP(sport=1000 + number, dport=6000 + number), Raw(b"answer"))
-
-
-def talk(table: Table, flows: int, *, again: bool = True) -> None:
-    for number in range(flows):
-        assert table.leaves(asked(number))
-        assert table.arrives(answered(number))
-        if again:
-            assert table.leaves(asked(number))
-
-
-def living(table: Table, flows: int) -> int:
-    return sum(table.arrives(answered(number)) for number in range(flows))
 
 
 # ── floods ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -230,7 +140,7 @@ def test_no_flow_passes_by_anothers_verdict_while_two_processors_write(racer: by
     cpus = sorted(os.sched_getaffinity(0))[:2]
     if len(cpus) < 2:
         pytest.skip("a race needs two processors")
-    table = Table(racer, 64)
+    table = Table(racer, 64, POLICY)
     try:
         table.control(careless=int(careless))
 
