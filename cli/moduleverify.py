@@ -28,7 +28,8 @@ MAX_METADATA: Final = (
     1024 * 1024
 )  # bytes of a file that is read from a mirror's folder; the client's own limits are lower
 #: They differ wherever another file does: named only where no other is, the cause before what follows from it.
-_DERIVED: Final = {attest.SBOM: 1, attest.PROVENANCE: 2, package.DIGESTS: 3}
+_DERIVED: Final = {attest.SBOM: 2, attest.PROVENANCE: 3, package.DIGESTS: 4}
+_BYTE_CODE: Final = 1
 
 #: Which line a refusal of the archive belongs to, and which checks held by then.
 _ARCHIVE: Final = ("form", "names", "size", "contents", "manifest")
@@ -255,7 +256,8 @@ def _reproduced(file: Path, info: PackageInfo, described: attest.Described | Non
 def _first_difference(one: PackageInfo, other: PackageInfo) -> str:
     """The first member that differs, by name; those that follow from others come last."""
     left, right = one.digests, other.digests
-    names = sorted(left.keys() | right.keys(), key=lambda name: (_DERIVED.get(name, 0), name))
+    late = {name: _BYTE_CODE for name in left.keys() | right.keys() if name.endswith(".pyc")} | _DERIVED
+    names = sorted(left.keys() | right.keys(), key=lambda name: (late.get(name, 0), name))
     for name in names:
         if name not in right:
             return f"{name} is in the package only"

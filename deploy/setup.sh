@@ -31,7 +31,8 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
     # Debian's interpreter, which is the one of hosts; nothing of Debian's own Python packages is seen.
     [ -x .venv/bin/python ] || /usr/bin/python3 -m venv .venv
     .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
-    .venv/bin/uv pip install -q --python .venv/bin/python --require-hashes -r requirements/lock.txt
+    # With byte code, as pip leaves it: modules may write none, and would compile what they import at each start.
+    .venv/bin/uv pip install -q --python .venv/bin/python --compile-bytecode --require-hashes -r requirements/lock.txt
     .venv/bin/uv pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
     echo "$want" > "$stamp"
 fi

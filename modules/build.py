@@ -9,8 +9,12 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -21,6 +25,9 @@ from loopback.trust import attest, package
 from loopback.trust import manifest as manifests
 from loopback.trust.manifest import Manifest
 from loopback.trust.repository import write_durably
+
+COMPILE_S: Final = 120  # for all of a package's Python, which takes under a second
+_WORDS: Final = 2000  # characters of the compiler's complaint that are passed on
 
 
 class BuiltPackage(msgspec.Struct, frozen=True):
@@ -89,6 +96,8 @@ def pack(
             )
         files[name] = data
         sources[name.removeprefix("lib/")] = data
+    with tempfile.TemporaryDirectory(prefix="loopback-build-") as scratch:
+        files |= _bytecode({name: d for name, d in files.items() if name.endswith(".py")}, Path(scratch))
     sources[package.MANIFEST] = text
     tools = {"python": platform.python_version(), **(bpf.versions() if manifest.build.bpf else {})}
     record = attest.Build(
@@ -149,6 +158,30 @@ def _python(manifest: Manifest, described: Path) -> dict[str, bytes]:
         for path in found:
             files[f"lib/{path.relative_to(base).as_posix()}"] = path.read_bytes()
     return files
+
+
+def _bytecode(sources: Mapping[str, bytes], place: Path) -> dict[str, bytes]:
+    """The byte code of Python sources, which nobody compares with them again: the package's digest covers both.
+
+    It is for the version of Python that builds; another one compiles at each start. An interpreter of its own makes it, since
+    what else is in memory shows in which strings are shared. Raises Refused(PACKAGE_MALFORMED) naming file and line.
+    """
+    for name, data in sources.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(data)
+    python = [sys.executable, "-s", "-S", "-P", "-m", "compileall", "-q"]
+    done = subprocess.run(
+        [*python, "--invalidation-mode", "unchecked-hash", "-s", str(place), str(place)],
+        env={"PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=COMPILE_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        said = done.stdout.replace(f"{place}/", "").strip()
+        raise Refused(Code.PACKAGE_MALFORMED, f"this Python cannot compile a source:\n{said[:_WORDS]}")
+    return {path.relative_to(place).as_posix(): path.read_bytes() for path in sorted(place.rglob("*.pyc"))}
 
 
 def _object(

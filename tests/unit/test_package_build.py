@@ -65,7 +65,6 @@ def test_a_package_holds_python_objects_and_manifest_and_verifies(source: Path, 
     for name in ("__init__.py", "contracts/codes.py", "trust/__init__.py", "trust/manifest.py"):
         assert f"lib/loopback/{name}" in files
     assert "lib/loopback/trust/package.py" not in files
-    assert not [name for name in files if "__pycache__" in name]
 
 
 def test_the_same_sources_give_the_same_bytes(source: Path, tmp_path: Path) -> None:
@@ -89,11 +88,35 @@ def test_an_overlay_replaces_packaged_files_and_programs_before_they_are_compile
     assert {name for name in plain if plain[name] != broken[name]} == {
         "bpf/tiny.bpf.o",
         "digests.json",
+        f"lib/loopback/contracts/__pycache__/codes.{sys.implementation.cache_tag}.pyc",
         "lib/loopback/contracts/codes.py",
         "provenance.json",
         "sbom.cdx.json",
     }
     assert (source / "bpf/programs/tiny.bpf.c").read_text() == PROGRAM
+
+
+def test_python_comes_compiled_since_every_start_would_do_it_again(source: Path, tmp_path: Path) -> None:
+    built = build_module(source, out=tmp_path)
+    package.extract(built.path, tmp_path / "unpacked")
+    lib = tmp_path / "unpacked/lib"
+    (lib / "loopback/contracts/codes.py").write_text("raise SystemExit('compiled again')\n")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "from loopback.contracts import codes; print(codes.__file__)"],
+        env={"PYTHONPATH": str(lib), "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == (f"{lib}/loopback/contracts/codes.py\n", "")
+
+
+def test_python_that_is_none_is_refused_with_file_and_line(source: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay/lib/loopback/contracts"
+    overlay.mkdir(parents=True)
+    (overlay / "codes.py").write_text("fine = 1\nbroken =\n")
+    with pytest.raises(Refused, match=r'"lib/loopback/contracts/codes\.py", line 2') as caught:
+        build_module(source, overlay=tmp_path / "overlay", out=tmp_path / "out")
+    assert caught.value.code == Code.PACKAGE_MALFORMED
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_overlay_that_replaces_nothing_is_refused(source: Path, tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_other_sources_are_told_by_the_first_member_that_differs(
     (overlay / "codes.py").write_text("x = 1\n")
     changed = build_module(source, overlay=tmp_path / "overlay", out=tmp_path / "a").path
     said = asked(changed)
-    assert "lib/loopback/contracts/codes.py differs first" in said
+    assert "lib/loopback/contracts/codes.py differs first" in said, "and not what it was compiled to"
     assert "built with an overlay of 1 files" in said
     (source / "module.toml").write_text(SOURCE.replace("[requires]", 'summary = "other"\n[requires]'))
     other = build_module(source, out=tmp_path / "b").path
