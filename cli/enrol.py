@@ -307,7 +307,9 @@ async def enrol(
 
 async def claim(given: Token, key: SigningKey, wait_s: float) -> Granted:
     """Claim to be the token's host, until there is an answer. Raises Refused with eligibility's words, or where none comes."""
-    nc = await _connect(given, wait_s)
+    said: list[str] = []
+    nc = await _connect(given, wait_s, said)
+    said.clear()
     try:
         signed = hostrecord.claim_to(
             given.invite, given.host, given.workspace, given.key, key, datetime.now(UTC)
@@ -318,8 +320,19 @@ async def claim(given: Token, key: SigningKey, wait_s: float) -> Granted:
             try:
                 answer = await nc.request(subjects.enrol(given.key.keyid), request, timeout=ANSWER_S)
                 break
-            except (nats.errors.NoRespondersError, TimeoutError, nats.errors.TimeoutError):
-                if time.monotonic() > deadline or nc.is_closed:
+            except (nats.errors.Error, TimeoutError) as error:
+                # A server lets a token in up to the end of its last second, and closes the connection then.
+                said.append(str(nc.last_error or ""))
+                late = time.monotonic() > deadline
+                if _turned_away(said) and (late or nc.is_closed or _over(given)):
+                    raise _spent() from None
+                if nc.is_closed:
+                    raise Refused(
+                        Code.COMMAND_UNKNOWN,
+                        f"the bus ended the connection before eligibility answered: {_last(said, error)}",
+                        "repeat this command: nothing is lost",
+                    ) from None
+                if late:
                     raise Refused(
                         Code.COMMAND_UNKNOWN,
                         f"the bus answers, but eligibility did not within {wait_s:.0f} s",
@@ -359,12 +372,18 @@ def check(given: Token, key: SigningKey, granted: Granted) -> bytes:
     return root
 
 
-async def _connect(given: Token, wait_s: float) -> Client:
-    """A connection with the token's own identity. Raises Refused(IDENTITY_TOKEN) where the server does not let it in."""
-    said: list[str] = []
+async def _connect(given: Token, wait_s: float, said: list[str]) -> Client:
+    """A connection with the token's own identity; what goes wrong, then and later, is `said`.
+
+    Raises Refused(IDENTITY_TOKEN) where the server does not let it in: at once when the token is over by this machine's clock
+    as well, else after `wait_s`, because a server that has just started may not know every account yet.
+    """
+    over = asyncio.Event()
 
     async def note(error: Exception) -> None:
         said.append(str(error) or type(error).__name__)
+        if _turned_away(said) and _over(given):
+            over.set()
 
     options: dict[str, Any] = {
         **natsjwt.sign_in(lambda: given.jwt, given.key),
@@ -383,25 +402,54 @@ async def _connect(given: Token, wait_s: float) -> Client:
                 Code.IDENTITY_TOKEN, f"the token's certificate authority does not read: {refused.reason}"
             ) from None
     nc = Client()
+    connecting = asyncio.ensure_future(nc.connect(given.url.split(","), **options))
+    ending = asyncio.ensure_future(over.wait())
     try:
-        async with asyncio.timeout(wait_s + CONNECT_S):
-            await nc.connect(given.url.split(","), **options)
-    except (nats.errors.Error, OSError, TimeoutError) as error:
-        with contextlib.suppress(nats.errors.Error, OSError, AssertionError):
-            await nc.close()  # its socket would stay
-        words = " ".join((*said, str(error))).lower()
-        if "authorization" in words or "authentication expired" in words:
-            raise Refused(
-                Code.IDENTITY_TOKEN,
-                "the bus does not let this token in: it has expired, or was made for another installation",
-                "ask an operator for a new one ('loopback host invite')",
-            ) from None
-        raise Refused(
-            Code.COMMAND_UNKNOWN,
-            f"no bus answers at {given.url}: {said[-1] if said else error or type(error).__name__}",
-            "check the address and the network; the token is still good",
-        ) from None
-    return nc
+        await asyncio.wait(
+            {connecting, ending}, timeout=wait_s + CONNECT_S, return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        for task in (ending, connecting):
+            task.cancel()
+        failed = (await asyncio.gather(connecting, ending, return_exceptions=True))[0]
+    if failed is None:
+        return nc
+    with contextlib.suppress(nats.errors.Error, OSError, AssertionError):
+        await nc.close()  # its socket would stay
+    if not isinstance(failed, nats.errors.Error | OSError | asyncio.CancelledError):
+        raise failed
+    if _turned_away([*said, str(failed)]):
+        raise _spent()
+    raise Refused(
+        Code.COMMAND_UNKNOWN,
+        f"no bus answers at {given.url}: {_last([str(failed), *said], failed)}",
+        "check the address and the network; the token is still good",
+    )
+
+
+def _over(given: Token) -> bool:
+    """Whether its time is up by this machine's clock. The server's is the one that counts."""
+    try:
+        until = natsjwt.read(given.jwt).expires_at
+    except Refused:
+        return False
+    return until is not None and until <= datetime.now(UTC)
+
+
+def _turned_away(said: list[str]) -> bool:
+    return any(sign in words.lower() for words in said for sign in ("authorization", "authentication expired"))
+
+
+def _last(said: list[str], error: BaseException) -> str:
+    return next((words for words in reversed(said) if words), type(error).__name__)
+
+
+def _spent() -> Refused:
+    return Refused(
+        Code.IDENTITY_TOKEN,
+        "the bus does not let this token in: it has expired, or was made for another installation",
+        "ask an operator for a new one ('loopback host invite')",
+    )
 
 
 def duration(text: str) -> timedelta:

@@ -23,6 +23,7 @@ from loopback.cli import firewall_compare as looks
 from loopback.cli.firewall_judge import KernelJudge, object_file
 from loopback.cli.firewall_stream import Heard, listen
 from loopback.cli.firewall_where import ConfigOption, DataOption, Place, RootOption, find
+from loopback.cli.interrupts import CtrlC
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import flows as tracking
 from loopback.modules.firewall import policy as policies
@@ -38,6 +39,7 @@ EXIT_DIFFERENT: Final = 1
 EXIT_REFUSED: Final = 2
 BATCH: Final = 200  # samples judged at once
 REDRAW_S: Final = 1.0
+_OVER: Final = object()
 
 PolicyOption = Annotated[Path, typer.Option("--policy", help="The policy that is to come, YAML or JSON.")]
 ObjectOption = Annotated[
@@ -150,8 +152,10 @@ def _shadow(view: View, judge: KernelJudge, place: Place, one_in: int, seconds: 
     drawn, live = began, sys.stderr.isatty()
     devices = {device.index: device.name for device in rtnl.devices()}
     waiting: list[layout.Event] = []
-    try:
-        for heard in listen(place.data, Wish(events=False, shadow=one_in), began + seconds):
+    listening = listen(place.data, Wish(events=False, shadow=one_in), began + seconds)
+    with CtrlC() as ctrl_c:
+        # it cuts off the waiting, never the counting: what was found by then is the answer, and each sample is in it once
+        while (heard := ctrl_c.call(lambda: next(listening, _OVER), _OVER)) is not _OVER:
             if isinstance(heard, Heard):
                 waiting.append(layout.Event.from_buffer_copy(heard.record))
             elif isinstance(heard, int):
@@ -167,13 +171,11 @@ def _shadow(view: View, judge: KernelJudge, place: Place, one_in: int, seconds: 
                     f"\r\x1b[K{found.changed} of {found.judged} otherwise, {seconds - (now - began):.0f} s left"
                 )
                 sys.stderr.flush()
-    except KeyboardInterrupt:
-        pass  # what was found by now is the answer
-    if waiting:
-        shadow.judge(waiting, devices, one_in)
-    if live:
-        sys.stderr.write("\r\x1b[K")
-    return shadow.report()
+        if waiting:
+            shadow.judge(waiting, devices, one_in)
+        if live:
+            sys.stderr.write("\r\x1b[K")
+        return shadow.report()
 
 
 def _flows(view: View, new: FirewallPolicy, object_path: Path | None) -> tuple[list[tracking.Change], int]:

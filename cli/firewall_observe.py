@@ -20,6 +20,7 @@ import typer
 from loopback.cli.firewall_statsview import cut
 from loopback.cli.firewall_stream import listen
 from loopback.cli.firewall_where import ConfigOption, DataOption, RootOption, find
+from loopback.cli.interrupts import CtrlC
 from loopback.cli.printing import printable
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall.observing import Wish
@@ -82,14 +83,16 @@ def command(
     narrow = sys.stdout.isatty()
     shown = missed = lost = 0
     begun = False
-    with place.view() as view:
+    with place.view() as view, CtrlC() as ctrl_c:
         before = view.events_lost()
-        try:
+
+        def watch() -> bool:
+            nonlocal shown, missed, lost, begun
             for heard in listen(place.data, Wish(shadow=every), end):
                 if heard is None:
                     if not begun:
-                        typer.echo("observing; Ctrl-C ends it", err=True)
                         begun = True
+                        typer.echo("observing; Ctrl-C ends it", err=True)
                     lost = _told(view, before, lost)
                 elif isinstance(heard, int):
                     missed += heard
@@ -100,12 +103,18 @@ def command(
                     sys.stdout.flush()
                     shown += 1
                     if shown == count:
-                        return
+                        return True
+            return end is not None and time.monotonic() >= end
+
+        try:
+            done = ctrl_c.call(watch, cut=False)
         finally:
-            lost = _told(view, before, lost)
-            if begun:
+            if begun or ctrl_c.pressed:
+                lost = _told(view, before, lost)
                 typer.echo(f"{shown} shown, {missed} missed, {lost} lost in the kernel's ring", err=True)
-    if end is None or time.monotonic() < end:
+    if ctrl_c.pressed:
+        raise KeyboardInterrupt
+    if not done:
         typer.echo("the firewall's module has ended", err=True)
         raise typer.Exit(1)
 

@@ -78,11 +78,11 @@ def listen(folder: Path | None, wish: Wish, until: float | None = None) -> Itera
 def _pipe(place: Path) -> int:
     """Our pipe, which has its name only once it is read. Raises OSError."""
     unready = place.with_name(f".{place.name}")
-    os.mkfifo(unready, 0o600)
     try:
+        os.mkfifo(unready, 0o600)
         pipe = os.open(unready, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except BaseException:
-        unready.unlink()
+        unready.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -173,6 +173,30 @@ async def test_a_token_that_opens_nothing_is_refused_in_words(
     assert refused.value.code is Code.IDENTITY_TOKEN
     assert words[how] in refused.value.reason
     assert not (tmp_path / "h" / "host.creds").exists()
+
+
+async def test_a_token_that_ends_while_it_is_connected_is_told_to_have_expired(
+    world: Enrolling, tmp_path: Path
+) -> None:
+    """The server lets it in until its last second is over, and takes the connection away then: no service ever hears of it."""
+    given = await world.invite("web-1", valid=timedelta(seconds=2))
+    until = natsjwt.read(given.jwt).expires_at
+    assert until is not None
+    await asyncio.sleep((until - datetime.now(UTC)).total_seconds() + 0.01)
+    with pytest.raises(Refused) as refused:
+        await world.enrol(given, tmp_path / "h")
+    assert refused.value.code is Code.IDENTITY_TOKEN and "expired" in refused.value.reason
+    assert not (tmp_path / "h" / "host.creds").exists()
+
+
+async def test_a_token_cut_off_while_eligibility_is_away_is_told_to_have_expired(
+    broker: Place, tmp_path: Path
+) -> None:
+    async with enrolling(broker) as world:
+        given = await world.invite("web-1", valid=timedelta(seconds=3))
+    with pytest.raises(Refused) as refused:
+        await enrol.enrol(given, tmp_path / "h", wait_s=60.0)
+    assert refused.value.code is Code.IDENTITY_TOKEN and "expired" in refused.value.reason
 
 
 async def test_a_known_host_comes_with_a_new_key_and_its_old_one_counts_until_then(
