@@ -437,7 +437,9 @@ def _over(given: Token) -> bool:
 
 
 def _turned_away(said: list[str]) -> bool:
-    return any(sign in words.lower() for words in said for sign in ("authorization", "authentication expired"))
+    return any(
+        sign in words.lower() for words in said for sign in ("authorization", "authentication expired")
+    )
 
 
 def _last(said: list[str], error: BaseException) -> str:
