@@ -134,7 +134,8 @@ static __noinline int judge_new(struct packet *packet, struct fw_slot *slot, __u
 	if (packet->protocol == PROTO_TCP && state == FW_INVALID && times && times->adopt_until &&
 	    tick_now() < times->adopt_until)
 		state = FW_NEW | ADOPTING;
-	classify(packet, ASK(slot->epoch, direction, state, 0), LOOK_UP_INTERFACE, answer);
+	/* who was there before began no flow now, and pays for none */
+	classify(packet, ASK(slot->epoch, direction, state, state / ADOPTING), LOOK_UP_INTERFACE, answer);
 	if (packet->flags & LATER_FRAGMENT)
 		return 0;
 	/* A connection begins with its SYN: else what was revoked came back by its other end's next segment. */

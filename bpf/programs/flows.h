@@ -196,7 +196,8 @@ __noinline int flow_remember(struct packet *packet, __u32 epoch, __u32 direction
 	}
 	flow->swapped = packet_key_apart(packet, &flow->key) ^ reversed;
 	flow->direction = direction;
-	flow->stage = reversed ? FW_FLOW_OPEN : FW_FLOW_OPENING;
+	/* who did not begin now has long been open */
+	flow->stage = packet->protocol == PROTO_TCP && !(packet->tcp_flags & TCP_SYN) ? FW_FLOW_OPEN : FW_FLOW_OPENING;
 	flow->proof = reversed ? FW_ANSWERED : FW_ONE_SIDED;
 	flow->number = 0;
 	flow->life = flow_timeout(times, packet->protocol, flow->stage);

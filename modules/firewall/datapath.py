@@ -24,7 +24,7 @@ from loopback.modules.firewall import flows as tracking
 from loopback.modules.firewall.attach import Attachment
 from loopback.modules.firewall.clock import jiffies_per_second
 from loopback.modules.firewall.holding import Holding, digest_bytes
-from loopback.modules.firewall.model import Action, Direction, FirewallPolicy, Packet
+from loopback.modules.firewall.model import Action, Direction, FirewallPolicy, Packet, Prefix
 from loopback.modules.firewall.packets import Verdict
 from loopback.modules.firewall.slots import fill_interfaces
 from loopback.modules.firewall.store import Promoted, SlotRecord, Trial
@@ -33,6 +33,7 @@ ADOPTION_S: Final = (
     300  # after it is first switched on, TCP connections that were there before are taken over
 )
 _TICK_NS: Final = 1 << layout.TICK_SHIFT
+_TC_ENTRIES: Final = {Direction.INGRESS: "fw_tc_ingress", Direction.EGRESS: "fw_tc_egress"}
 #: Seconds. TCP's and UDP's follow nf_conntrack, but an idle connection lives a day, not five.
 _TIMEOUTS: Final = {
     "timeout_syn": 60, "timeout_established": 86400, "timeout_closing": 60, "timeout_udp": 30,
@@ -214,12 +215,16 @@ class Datapath(Holding):
                     "correct the rules or the test",
                 )
 
-    def prove_live(self, control: Iterable[Connection], ports: Sequence[int]) -> None:
+    def prove_live(
+        self, control: Iterable[Connection], ports: Sequence[int], networks: Sequence[Prefix] = ()
+    ) -> list[Connection]:
         """Run the live management flows through the real program on the staged slot: the agent's own connections, and the
-        sessions of operators at `ports`. What passes no covered device is left out.
+        sessions of operators at `ports`, with `networks` only those from there. What passes no covered device is left out, and
+        so is a session that the policy in force has ended already.
 
-        Raises Refused(POLICY_TEST_FAILED) naming the flow that would end; then nothing is staged. KERNEL_UNSUPPORTED where
-        the kernel cannot be asked for them.
+        Without `networks` anybody's session counts, but for whom the policy names: a rule that drops his network means him.
+        Returns the sessions that end so. Raises Refused(POLICY_TEST_FAILED) naming the flow that would end; then nothing is
+        staged. KERNEL_UNSUPPORTED where the kernel cannot be asked for them.
         """
         if self._staged is None:
             raise Refused(Code.MODULE_ABI, "nothing is staged")
@@ -227,32 +232,36 @@ class Datapath(Holding):
         self._staged = None
         try:
             found = [(one, Direction.EGRESS) for one in control]
-            found += [(one, Direction.INGRESS) for one in live.sessions(ports)]
+            found += [(one, Direction.INGRESS) for one in live.sessions(ports) if live.within(one, networks)]
             covered = {device.index: device.name for device in self._hooks.devices()}
             placed = [(one, begun, covered.get(live.device_of(one))) for one, begun in found]
         except OSError as error:
             raise Refused(
                 Code.KERNEL_UNSUPPORTED, f"kernel: cannot list connections: {error.strerror}"
             ) from None
+        meant = []
         for one, begun, device in placed:
             if device is None:
                 continue
             with memoryview(self._maps["flows"].memory()) as entries:
                 flow = live.flow_of(one, entries, self._clock().jiffies, self._rate, {})
             asked = live.packets(one, begun, device, flow, covered)
-            for packet, verdict in zip(asked, self.explain(asked, slot=slot), strict=True):
-                if verdict.action is not Action.ACCEPT:
-                    whose = "this host's connection to the control plane"
-                    if begun is Direction.INGRESS:
-                        whose = f"a session at port {one.local_port}"
-                    why = f"rule {verdict.rule!r}" if verdict.rule else f"the {verdict.reason}"
-                    raise Refused(
-                        Code.POLICY_TEST_FAILED,
-                        f"{whose} would end: {why} drops {packet.direction.name.lower()} {packet.src} port {packet.sport} → "
-                        f"{packet.dst} port {packet.dport} on {packet.iface or 'its device'}",
-                        "allow it by a rule; a session that is meant to end has to be closed first",
-                    )
+            operator = begun is Direction.INGRESS
+            before = self.explain(asked, slot=layout.PROBE_ACTIVE) if operator else []
+            after = self.explain(asked, slot=slot)
+            for place, (packet, verdict) in enumerate(zip(asked, after, strict=True)):
+                if verdict.action is Action.ACCEPT or (operator and before[place].action is Action.DROP):
+                    continue
+                if operator and not networks and self._names_peer(verdict.rule, packet.direction):
+                    meant.append(one)
+                    break
+                raise live.would_end(one, operator, packet, verdict)
         self._staged = staged
+        return meant
+
+    def _names_peer(self, name: str | None, direction: Direction) -> bool:
+        rules = self._policy[1].rules if self._policy else ()
+        return any(rule.name == name and live.names_peer(rule, direction) for rule in rules)
 
     # ── commit, confirm, revert ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -268,25 +277,28 @@ class Datapath(Holding):
         if epoch & 1 == before & 1 or not self._slots.is_ours(epoch & 1):
             self._staged = None
             raise Refused(Code.MODULE_ABI, "another process has staged a policy since", "stage it again")
-        self._attach(before)
+        first = self._attach(before)
         deadline = 0
         if trial_s > 0:
             deadline = -(-(self._boot_ns() + round(trial_s * 1e9)) // _TICK_NS)
         self._maps["active"].store_word(layout.active_word(epoch, before, deadline))
         self._slots.disturb()
         self._staged, self._committed = None, epoch
+        if first and self._pins.root is not None:
+            self._take_over()
         if not deadline:
             self._keep()
 
-    def _attach(self, before: int) -> None:
-        """Have our programs on every device, under the epoch that holds `before`."""
+    def _attach(self, before: int) -> bool:
+        """Have our programs on every device, under the epoch that holds `before`. Whether no flow is known yet."""
         others = self._others_live() if self._pins.root else []
         if others:
             self._store.set_trial(Trial(old=others[0], new=self._pins.name))
-        if before == 0 or (others and not self._pins.shares(others[0], "flows", self._maps["flows"])):
+        first = before == 0 or bool(others and not self._pins.shares(others[0], "flows", self._maps["flows"]))
+        if first:
             self._write_config(self._rate, self.tick + ADOPTION_S * 10**9 // _TICK_NS)
         if self._pins.root is None:
-            return
+            return first
         self.attachments = self._hooks.put(self._programs)
         failed = [a for a in self.attachments if a.problem]
         if failed:
@@ -294,6 +306,21 @@ class Datapath(Holding):
             raise Refused(Code.KERNEL_REFUSED, f"kernel: device {failed[0].device}: {failed[0].problem}")
         if others:
             self._slots.wait()  # a packet may be under way in a program whose slots know nothing of the new epoch
+        return first
+
+    def _take_over(self) -> None:
+        """Show the programs a segment of each connection that is there already, as from the side that began it: so its flow is
+        known the right way round, whoever speaks next, and however late."""
+        programs = {way: self._programs[name] for way, name in _TC_ENTRIES.items()}
+        try:
+            covered = {device.index: device.name for device in self._hooks.devices()}
+            for one, begun in live.connections():
+                device = live.device_of(one)
+                if device in covered:
+                    segment = live.beginning(one, begun, covered[device], packets.ACK)
+                    programs[begun].run(packets.frame(segment), context=packets.skb_on(device))
+        except (OSError, ValueError, Refused) as error:
+            log.warning("connections that were there before are known by their next packet only: %s", error)
 
     def confirm(self) -> None:
         """Keep what was committed. Raises Refused(HOST_UNCONFIRMED) when the deadline has passed: it holds no more."""

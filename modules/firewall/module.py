@@ -24,12 +24,15 @@ from loopback.modules.firewall import policy as policies
 from loopback.modules.firewall.attach import Attachment
 from loopback.modules.firewall.datapath import Datapath
 from loopback.modules.firewall.pins import nothing_pinned
+from loopback.modules.firewall.policy_fields import Wrong, prefix
+from loopback.modules.firewall.prefixes import Prefix
 from loopback.modules.firewall.watching import DEFAULT_SHADOW, Watch, summary
 from loopback.modules.sdk import Module, package_dir
 
 DEFAULT_BPF_ROOT: Final = "/sys/fs/bpf/loopback"
 OBJECT: Final = Path("bpf") / "firewall.bpf.o"
 MAX_SHADOW_S: Final = 20.0  # the agent waits 30 s for a stage, and a hundred thousand rules need some of them
+SHOWN: Final = 5  # sessions that a policy ends, in its answer
 SETTLE_S: Final = 0.05  # after covering: a new device comes with a burst of messages
 
 T = TypeVar("T")
@@ -38,7 +41,8 @@ log = logging.getLogger("loopback.firewall")
 
 class FirewallModule(Module):
     """Settings: `interfaces` (names or patterns, default every device but loopback), `bpf_root`, `flows` (table size),
-    `management_ports` (of operators' sessions that no policy may cut, as text; default "22").
+    `management_ports` (of operators' sessions that no policy may cut, as text; default "22"), `management_from` (the networks
+    that operators come from; default anywhere, but for networks that a rule of the policy drops by name).
 
     `shadow_s` (seconds, default 0): how long a staged policy judges live packets beside the one in force before its stage is
     done, one in `shadow` of them (default 16). Its differences are in the answer, in `health` and in `metrics`.
@@ -53,6 +57,7 @@ class FirewallModule(Module):
         self._memory = compiler.Memory()
         self._problem: Refused | None = None
         self._sessions: Sequence[int] = live.SSH
+        self._networks: Sequence[Prefix] = ()
         self._lock = asyncio.Lock()
         self._watching = Watch(self.event, self._do)
         self._shadow = (0.0, DEFAULT_SHADOW)  # seconds, one in so many
@@ -73,6 +78,9 @@ class FirewallModule(Module):
         ports = request.settings.get("management_ports")
         if ports is not None:
             self._sessions = _ports(ports)
+        networks = request.settings.get("management_from")
+        if networks is not None:
+            self._networks = _networks(networks)
         place = package_dir() / OBJECT
         try:
             data = place.read_bytes()
@@ -169,14 +177,22 @@ class FirewallModule(Module):
         detail = await self._do(lambda d: d.stage(policy, request.digest))
         control = request.control
         if control is not None:
-            await self._do(lambda d: d.prove_live(control, self._sessions))
+            detail |= await self._prove_live(control)
         seconds, one_in = self._shadow
         if seconds > 0 and await self._do(lambda d: d.generation != 0 and d.digest != request.digest):
             detail |= summary(await self._watching.shadow(seconds, one_in))
             if control is not None:  # a session may have begun meanwhile
-                await self._do(lambda d: d.prove_live(control, self._sessions))
+                detail |= await self._prove_live(control)
         self._staged = request.digest
         return detail
+
+    async def _prove_live(self, control: Sequence[abi.Connection]) -> dict[str, str]:
+        """Which sessions end because the policy names them. Raises Refused where another would."""
+        meant = await self._do(lambda d: d.prove_live(control, self._sessions, self._networks))
+        if not meant:
+            return {}
+        shown = ", ".join(f"{live.plain(one.remote)} at port {one.local_port}" for one in meant[:SHOWN])
+        return {"ends": shown + (f" and {len(meant) - SHOWN} more" if len(meant) > SHOWN else "")}
 
     async def commit(self, request: abi.Commit) -> None:
         """Attach where needed and switch. Raises Refused(MODULE_ABI) for another policy than the staged one."""
@@ -336,6 +352,21 @@ def _ports(given: object) -> list[int]:
             'for example management_ports = ["22"]',
         )
     return [int(one) for one in texts]
+
+
+def _networks(given: object) -> list[Prefix]:
+    """Networks from the host's settings. Raises Refused(CONFIG_INVALID)."""
+    found = given if isinstance(given, list) else [given]
+    try:
+        if not found:
+            raise Wrong("an empty list: nobody's session would count")
+        return [prefix(one) for one in found]
+    except Wrong as wrong:
+        raise Refused(
+            Code.CONFIG_INVALID,
+            f"management_from: {wrong.message}",
+            wrong.hint or 'for example management_from = ["10.0.0.0/8"]',
+        ) from None
 
 
 def _degraded(

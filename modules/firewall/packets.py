@@ -15,6 +15,7 @@ from loopback.modules.firewall.model import Action, Direction, Packet
 
 TCP, UDP, ICMP, ICMPV6, DCCP, SCTP, UDPLITE = 6, 17, 1, 58, 33, 132, 136
 SYN: Final = 0x02
+ACK: Final = 0x10
 _HOP_LIMIT: Final = (
     64  # below 255, so that neighbour discovery is judged by the rules and not let through as essential
 )
@@ -115,6 +116,11 @@ def question(
         interfaces=interfaces, slot=slot, direction=int(direction), state=state, network=int(network)
     )
     return bytes(probe) + data
+
+
+def skb_on(device: int) -> bytes:
+    """The beginning of a struct __sk_buff (linux/bpf.h) that says which device a packet of TEST_RUN is on."""
+    return struct.pack("=40xI", device)
 
 
 def answer(data: bytes) -> layout.Probe:

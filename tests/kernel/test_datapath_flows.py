@@ -204,7 +204,7 @@ def test_connections_from_before_the_firewall_are_not_cut(world: World) -> None:
             datapath = world.enforce(CLOSED)
             accepted.sendall(b"from outside, first")
             assert client.recv(100) == b"from outside, first"
-            assert datapath.totals()["ingress.adoption.accept"] > 0
+            assert datapath.totals()["ingress.flow.accept"] > 0
     assert world.arriving(to_host(TCP(sport=9000, dport=4444, flags="S"))) == [False]
 
 

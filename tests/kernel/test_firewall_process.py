@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support_datapath import HOST4, UDP, World, inside, to_host
+from support_datapath import HOST4, PEER4, UDP, World, inside, to_host
 from support_firewall import Process, running, until
 
 from loopback.bpf import hooks, kernel, layout, rtnl
@@ -354,3 +354,29 @@ def test_a_change_that_cuts_the_agent_or_an_operator_is_refused_and_a_restoratio
         module.done(abi.Stage(digest=digest, serial=2, content=DROP))
     with running(world, packages["1.0.0"], management_ports=["2222"]) as module:
         module.done(abi.Stage(digest=digest, serial=2, content=DROP, control=[]))
+
+
+def test_a_session_that_a_policy_ends_by_name_is_told_and_wrong_networks_are_refused(
+    world: World, packages: dict[str, Path]
+) -> None:
+    banned = (
+        b'{"version":1,"default":{"ingress":"accept","egress":"accept"},"rules":'
+        b'[{"name":"banned","from":"%s","action":"drop"}]}' % PEER4.encode()
+    )
+    stage = abi.Stage(digest="ab" * 32, serial=2, content=banned, control=[])
+    with running(world, packages["1.0.0"]) as module, contextlib.ExitStack() as stack:
+        module.enforce(PASS)
+        with inside(world.host):
+            stack.enter_context(socket.create_server((HOST4, 22)))
+        with inside(world.peer):
+            stack.enter_context(socket.create_connection((HOST4, 22), 10))
+        assert module.done(stage).detail["ends"] == f"{PEER4} at port 22"
+        module.kill()
+        with running(world, packages["1.0.0"], management_from=["10.77.0.0/24"]) as second:
+            answer = second.ask(stage)
+            assert isinstance(answer, abi.Failed) and "rule 'banned' drops ingress" in answer.reason
+    for wrong in (["10.77.0.1/24"], ["nowhere"], [], ""):
+        with running(world, packages["1.0.0"], management_from=wrong) as module:
+            assert isinstance(module.configured, abi.Failed)
+            assert module.configured.code == Code.CONFIG_INVALID
+            assert "management_from" in module.configured.reason
