@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import tomllib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,7 +24,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
-from loopback.cli import keyring
+from loopback.cli import keyring, uploading
 from loopback.cli.home import default_home as default_home
 from loopback.cli.home import home as home
 from loopback.cli.home import invocation
@@ -42,7 +41,6 @@ RESULT_TIMEOUT_S: Final = (
     30.0  # covers the eight seconds that a NATS leader election may take, and a service's restart
 )
 COMMAND_VALIDITY: Final = timedelta(hours=1)
-BLOBS_IN_FLIGHT: Final = 8
 FETCH_S: Final = 5.0  # one wait for messages; a rollout that soaks says nothing for much longer
 
 
@@ -284,29 +282,9 @@ class Session:
 
         return await blobs.read(get, sha256, max_size=max_size if size is None else size, size=size)
 
-    async def put_blob(self, data: bytes) -> str:
-        """Store content under its SHA-256, chunk by chunk; what is already there is left as it is."""
-        digest = hashlib.sha256(data).hexdigest()
-        chunks = list(blobs.split(data))
-        gate = asyncio.Semaphore(BLOBS_IN_FLIGHT)
-
-        async def put(number: int, chunk: bytes) -> None:
-            async with gate:
-                try:
-                    await self.js.publish(
-                        subjects.blob(digest, number),
-                        chunk,
-                        headers={"Lb-Size": str(len(data)), "Lb-Chunks": str(len(chunks))},
-                    )
-                except nats.js.errors.APIError as error:
-                    # First write wins: the stream refuses a second message on a subject, which is what repeating means.
-                    if "maximum messages per subject" not in (error.description or ""):
-                        raise
-
-        async with asyncio.TaskGroup() as group:
-            for number, chunk in enumerate(chunks):
-                group.create_task(put(number, chunk))
-        return digest
+    async def put_blob(self, data: bytes, progress: Callable[[int], None] = lambda _: None) -> str:
+        """Store content under its SHA-256, which is returned; see `uploading.store`. Raises Refused(BLOB_DIGEST)."""
+        return await uploading.store(self.js, data, progress)
 
 
 def subjects_or_first(filters: Sequence[str]) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import sys
-from collections.abc import Callable
 from contextlib import aclosing, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,12 +14,20 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from loopback.cli import context, fleetio, keyring, rolloutapprove, rolloutfile, rolloutview, trusted
+from loopback.cli import (
+    context,
+    fleetio,
+    keyring,
+    policyfile,
+    rolloutapprove,
+    rolloutfile,
+    rolloutview,
+    trusted,
+)
 from loopback.cli.rolloutfile import RolloutFile
-from loopback.contracts import envelope, exposure, rolloutplan, subjects
+from loopback.contracts import exposure, rolloutplan, subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.messages import (
-    Policy,
     Release,
     RolloutAbort,
     RolloutPause,
@@ -33,7 +39,6 @@ from loopback.contracts.messages import (
 from loopback.contracts.rolloutfold import fold
 from loopback.contracts.rolloutstate import FINAL, Rollout, State, WaveState, Workspace
 from loopback.contracts.trustdoc import WorkspaceRules
-from loopback.modules.firewall import policy as firewall
 
 EXIT_CODES: Final = {
     State.DONE: 0,
@@ -45,9 +50,6 @@ EXIT_CODES: Final = {
     State.CANCELED: 6,
 }
 CLOCK_SLACK: Final = timedelta(minutes=5)  # by which an operator's clock may be ahead of the broker's
-POLICY_READERS: Final[dict[str, Callable[[Path], bytes]]] = {
-    "firewall": lambda path: firewall.to_json(firewall.load(path).plain)
-}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,25 +96,8 @@ def find(state: Workspace, rollout: str) -> Rollout:
 
 class _Prepared(msgspec.Struct):
     command: RolloutStart
-    policy: bytes | None
+    policy: policyfile.Signed | None
     hosts: dict[str, dict[str, str]]
-
-
-def _content(file: RolloutFile) -> bytes | None:
-    """The policy's content as JSON; checked by the module's own reader where this installation knows the module."""
-    if file.policy is None:
-        return None
-    reader = POLICY_READERS.get(file.module)
-    if reader is not None:
-        return reader(file.policy)
-    data = file.policy.read_bytes()
-    try:
-        msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
-        raise Refused(
-            Code.POLICY_MALFORMED, f"{file.policy}: not JSON: {error}", "policies of this module are JSON"
-        ) from None
-    return data
 
 
 async def _release(session: context.Session, file: RolloutFile) -> Release | None:
@@ -135,7 +120,7 @@ async def _release(session: context.Session, file: RolloutFile) -> Release | Non
 
 async def prepare(session: context.Session, file: RolloutFile, serial: int | None) -> _Prepared:
     """The signed-to-be command for a file, and its signed policy. Raises Refused naming file and line."""
-    content = _content(file)
+    content = policyfile.content(file.policy, file.module) if file.policy is not None else None
     release = await _release(session, file)
     fields = context.new_command_fields(file.workspace)
     policy = None
@@ -148,21 +133,20 @@ async def prepare(session: context.Session, file: RolloutFile, serial: int | Non
             ]
             serial = max(used, default=0) + 1
         number = serial
-        signed = Policy(
+        policy = policyfile.sign(
+            content,
             workspace=file.workspace,
             module=file.module,
             name=file.policy.stem if file.policy else "",
-            serial=number,
-            content=msgspec.Raw(content),
-            issued_at=fields["issued_at"],
+            serial=serial,
+            at=fields["issued_at"],
+            key=session.context.key,
         )
-        policy = envelope.seal_bytes(envelope.POLICY, msgspec.json.encode(signed), session.context.key)
-        envelope.parse(policy)  # what nobody could read is refused here
     scope = Scope(
         workspace=file.workspace,
         module=file.module,
         packages={release.version: release.digest} if release else {},
-        policy=hashlib.sha256(policy).hexdigest() if policy else None,
+        policy=policy.digest if policy else None,
         policy_serial=number,
         selector=file.selector,
         not_before=fields["issued_at"] - CLOCK_SLACK,
@@ -219,6 +203,7 @@ def plan(file: File, policy_serial: Serial = None, json: fleetio.Json = False) -
                 "version": command.version,
                 "waves": [{"name": w.name, "hosts": list(w.hosts), "soak_s": w.soak_s} for w in waves],
                 "at_once": at_once,
+                "policy": found.policy.plain() if found.policy else None,
                 "regulated": rules.regulated,
                 "roles_needed": ["releaser", *(["author"] if found.policy else []), *second],
                 "exposure": msgspec.to_builtins(found_exposure),
@@ -230,6 +215,8 @@ def plan(file: File, policy_serial: Serial = None, json: fleetio.Json = False) -
         soak = f", then {wave.soak_s:g} s of soak" if wave.soak_s else ""
         typer.echo(f"  {wave.name}: {len(wave.hosts)} hosts{soak}: {', '.join(wave.hosts[:8])}"
                    + (" …" if len(wave.hosts) > 8 else ""))  # fmt: skip
+    if found.policy is not None:
+        typer.echo(f"  {found.policy.words()}")
     typer.echo(f"  at most {at_once} in flight; a silent host fails after {command.host_deadline_s:g} s")
     approval = (
         "is regulated: another operator has to approve it"
@@ -256,14 +243,19 @@ def start(
         async with context.connect() as session:
             found = await prepare(session, read, policy_serial)
             if found.policy is not None:
-                await session.put_blob(found.policy)
+                await policyfile.store(session, found.policy)
             try:
                 result = await session.send(found.command, "activation")
             except Refused as refused:
                 raise Refused(refused.code, read.place(refused.reason), refused.next_step) from None
             if json and not watch:
                 fleetio.print_json(
-                    {"rollout": read.rollout, "workspace": read.workspace, "detail": result.detail}
+                    {
+                        "rollout": read.rollout,
+                        "workspace": read.workspace,
+                        "policy": found.policy.plain() if found.policy else None,
+                        "detail": result.detail,
+                    }
                 )
             if not watch:
                 typer.echo(

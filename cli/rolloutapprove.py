@@ -6,14 +6,14 @@ says of it, policy and hosts are what their signers say. Activation only says wh
 
 from __future__ import annotations
 
-import difflib
+import asyncio
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from loopback.cli import context, fleetio, printing, rolloutview, trusted
+from loopback.cli import context, fleetio, policydiff, printing, rolloutview, trusted
 from loopback.contracts import approvals, envelope, exposure, hostrecord, rolloutplan
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.desired import Running
@@ -165,7 +165,9 @@ async def _policy(
     _, used = workspace.serials.get(start.module, (0, ""))
     if used:
         before, _ = await trusted.policy(session, used, start.module, start.workspace, trust)
-    diff = tuple(_diff(before, found))
+    diff = await asyncio.to_thread(
+        policydiff.diff, bytes(before.content) if before else None, bytes(found.content)
+    )
     return PolicyReview(
         name=found.name,
         serial=found.serial,
@@ -176,18 +178,6 @@ async def _policy(
         removed=sum(line.startswith("-") for line in diff),
         diff=diff,
     )
-
-
-def _diff(before: Policy | None, after: Policy) -> Iterable[str]:
-    """The lines that differ, with a `+` or a `-` before each."""
-    old = _lines(before) if before else []
-    for line in difflib.unified_diff(old, _lines(after), n=0, lineterm=""):
-        if not line.startswith(("+++", "---", "@@")):
-            yield line
-
-
-def _lines(policy: Policy) -> list[str]:
-    return msgspec.json.format(bytes(policy.content), indent=2).decode().splitlines()
 
 
 def command(found: Review, fields: dict[str, Any], reason: str) -> RolloutApprove:

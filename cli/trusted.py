@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple
 
+import msgspec
+
 from loopback.cli import context, trustpublish
 from loopback.contracts import envelope, trustdoc
 from loopback.contracts.codes import Code, Refused
@@ -43,7 +45,7 @@ async def trusted(session: context.Session) -> Trusted:
 async def policy(
     session: context.Session, digest: str, module: str, workspace: str, trust: Trust
 ) -> tuple[Policy, tuple[str, ...]]:
-    """A stored policy and the authors who signed it, every check of a host's included.
+    """A stored policy and the authors who signed it, every check of a host's included. Content that is stored apart is put in.
 
     Raises Refused: BLOB_*, ENVELOPE_*, SIGNATURE_*, COMMAND_UNAUTHORISED, POLICY_MALFORMED.
     """
@@ -59,4 +61,7 @@ async def policy(
             Code.POLICY_MALFORMED,
             f"the policy {digest[:12]} is for {found.module!r} in workspace {found.workspace!r}",
         )
+    if found.blob is not None:
+        content = await session.blob(found.blob.sha256, found.blob.size)
+        found = msgspec.structs.replace(found, content=msgspec.Raw(content), blob=None)
     return found, authors

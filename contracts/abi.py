@@ -24,7 +24,10 @@ from loopback.contracts.decoding import Decoder
 
 ABI_VERSION: Final = 1
 FD_VARIABLE: Final = "LOOPBACK_ABI_FD"
-MAX_FRAME: Final = 32 * 1024 * 1024  # bytes; a policy of 100k rules is about 20 MiB
+MAX_FRAME: Final = 32 * 1024 * 1024  # bytes
+#: Bytes of a policy's content, wherever it is: what one frame carries, less room for the other fields of `Stage`. What the
+#: firewall allows fits, also both at once: as JSON, 100k generated rules have 10 to 14 MB, a set of a million prefixes 19 MB.
+MAX_CONTENT: Final = MAX_FRAME - 64 * 1024
 _LENGTH = struct.Struct(">I")
 
 

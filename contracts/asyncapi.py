@@ -157,8 +157,9 @@ CHANNELS: Final[tuple[Channel, ...]] = (
     ),
     Channel(
         "blob", lambda: subjects.blob(_p("digest"), 0).removesuffix("0") + _p("chunk"),
-        "A chunk of content under its SHA-256: packages, signed policies, TUF targets. Bytes, at most 128 KiB; headers Lb-Size "
-        "and Lb-Chunks.", (), ("operator", "delivery"), ("host", "delivery", "eligibility", "activation"),
+        "A chunk of content under its SHA-256: packages, signed policies, large policies' content, TUF targets. Bytes, at most "
+        "128 KiB; headers Lb-Size and Lb-Chunks.", (), ("operator", "delivery"),
+        ("host", "delivery", "eligibility", "activation"),
     ),
     Channel(
         "tuf", lambda: subjects.tuf(_p("file")), "One file of the TUF repository's metadata. JSON as TUF defines it.", (),

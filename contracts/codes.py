@@ -69,6 +69,7 @@ class Code(StrEnum):
     POLICY_INVALID = "policy.invalid"
     POLICY_SERIAL = "policy.serial"
     POLICY_TEST_FAILED = "policy.test-failed"
+    POLICY_TOO_LARGE = "policy.too-large"
     # rollouts
     ROLLOUT_UNKNOWN = "rollout.unknown"
     ROLLOUT_EXISTS = "rollout.exists"

@@ -9,10 +9,11 @@ Times are RFC 3339 in UTC; durations are seconds, digests SHA-256 in hex.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+from loopback.contracts.abi import MAX_CONTENT
 from loopback.contracts.codes import Refusal
 from loopback.contracts.decoding import Decoder, Time
 from loopback.contracts.envelope import Envelope
@@ -232,11 +233,19 @@ AnyCommand = (
 )
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Blob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Content that is stored apart from what names it: its SHA-256 in hex, and exactly so many bytes."""
+
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_CONTENT)]
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A module's policy as an operator signs it (envelope type `envelope.POLICY`), stored as a blob.
 
     Its digest, everywhere, is the SHA-256 of the envelope's JSON bytes. `content` is what the module understands: for the
-    firewall, the policy language as plain JSON values. `serial` only grows within (workspace, module).
+    firewall, the policy language as plain JSON values. Where it is too large for an envelope, it is null, and `blob` says what
+    it is: the signature covers it through that digest. `serial` only grows within (workspace, module).
     """
 
     workspace: str
@@ -245,6 +254,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     serial: int
     content: msgspec.Raw
     issued_at: Time
+    blob: Blob | None = None
+
+    def __post_init__(self) -> None:
+        if self.blob is not None and bytes(self.content) != b"null":
+            raise ValueError("content must be null where there is a blob")
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="result", omit_defaults=True):

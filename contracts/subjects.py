@@ -166,6 +166,11 @@ def blob(sha256: str, chunk: int) -> str:
     return f"lb.blob.{sha256}.{chunk}"
 
 
+def blob_chunks(sha256: str) -> str:
+    """Filter: every chunk of the content with this SHA-256 (hex), or of all content."""
+    return f"lb.blob.{sha256}.*"
+
+
 def tuf(filename: str) -> str:
     """One file of the TUF metadata repository, for example `2.root.json`."""
     return f"lb.tuf.{token(filename)}"

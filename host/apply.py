@@ -234,10 +234,10 @@ class Change:
         self._write(lambda state: transitions.trial_process(state, process.pid, process.pid_start))
 
     async def _stage_policy(self, span: trace.Span) -> None:
-        policy = await asyncio.to_thread(install.read_policy, self.store, self._target)
-        assert policy is not None
+        content = await asyncio.to_thread(install.policy_content, self.store, self._target)
+        assert content is not None
         control = await asyncio.to_thread(own_connections)
-        for key, value in (await stage(self._process, self._target, policy, control)).items():
+        for key, value in (await stage(self._process, self._target, content, control)).items():
             span.set_attribute(f"loopback.policy.{key}", value)
 
     async def _commit(self) -> None:

@@ -20,12 +20,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import loopback
+from loopback.contracts import envelope
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.desired import Running
 from loopback.contracts.messages import Policy
 from loopback.contracts.reports import Phase
 from loopback.contracts.trustdoc import Trust, WorkspaceRules
-from loopback.host import policies
+from loopback.host import contents, policies
 from loopback.host.config import HostConfig
 from loopback.host.inventory import kernel_version
 from loopback.host.publishers import check_publishers
@@ -69,11 +70,18 @@ async def _package(get: blobs.Get, store: Store, target: Running, size: int, mod
 async def _policy(
     get: blobs.Get, store: Store, target: Running, module: str, workspace: str, trust: Trust
 ) -> None:
-    if target.policy is None or has_policy(store, target):
+    """The signed policy first: what it says is how much content there is to fetch, if any."""
+    if target.policy is None:
         return
-    data = await blobs.read(get, target.policy)
-    policies.check_policy(data, target, module, workspace, trust)
-    store.disk.write(store.policy_path(target.policy), data)
+    data = store.disk.read(store.policy_path(target.policy))
+    if data is not None and hashlib.sha256(data).hexdigest() == target.policy:
+        policy = policies.kept_policy(data, target)
+    else:  # never had, or damaged
+        data = await blobs.read(get, target.policy, max_size=envelope.MAX_ENVELOPE)
+        policy = policies.check_policy(data, target, module, workspace, trust)
+        store.disk.write(store.policy_path(target.policy), data)
+    if policy.blob is not None:
+        await contents.fetch(get, store, policy.blob)
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -172,37 +180,54 @@ def verify_unpacked(own: ModuleStore, running: Running) -> Manifest:
 
 def has_policy(store: Store, target: Running) -> bool:
     """Whether the target's policy is on disk as its digest says; one that is damaged is fetched again. Blocking."""
-    if target.policy is None:
+    try:
+        return policy_content(store, target) is not None
+    except Refused as refused:
+        if refused.code is Code.HOST_DISK:
+            raise
         return False
-    data = store.disk.read(store.policy_path(target.policy))
-    return data is not None and hashlib.sha256(data).hexdigest() == target.policy
 
 
 def check_policy(store: Store, target: Running, module: str, workspace: str, trust: Trust) -> None:
     """Verify a policy on disk as if it had just come: who was trusted when it came may not be trusted now. Blocking.
 
-    Raises Refused like `policies.check_policy`.
+    Raises Refused like `policies.check_policy`, and like `policy_content`.
+    """
+    if target.policy is not None:
+        policy = policies.check_policy(_kept(store, target), target, module, workspace, trust)
+        _content(store, target, policy)
+
+
+def policy_content(store: Store, target: Running) -> bytes | None:
+    """What a module is given of a policy that was verified when it came; None where the target has none. Blocking.
+
+    Every digest is checked again. Raises Refused: POLICY_MALFORMED where it is not on disk any more, BLOB_DIGEST where it is
+    damaged, HOST_DISK.
     """
     if target.policy is None:
-        return
-    data = store.disk.read(store.policy_path(target.policy))
-    if data is None:
-        raise _gone(target.policy)
-    policies.check_policy(data, target, module, workspace, trust)
-
-
-def _gone(policy: str) -> Refused:
-    return Refused(Code.POLICY_MALFORMED, f"the policy {policy[:12]} is not on disk any more")
-
-
-def read_policy(store: Store, target: Running) -> Policy | None:
-    """The policy of a target that was verified when it came; its digest is checked again. Raises Refused."""
-    if target.policy is None:
         return None
+    return _content(store, target, policies.kept_policy(_kept(store, target), target))
+
+
+def _kept(store: Store, target: Running) -> bytes:
+    assert target.policy is not None
     data = store.disk.read(store.policy_path(target.policy))
     if data is None:
-        raise _gone(target.policy)
-    return policies.kept_policy(data, target)
+        raise Refused(Code.POLICY_MALFORMED, f"the policy {target.policy[:12]} is not on disk any more")
+    return data
+
+
+def _content(store: Store, target: Running, policy: Policy) -> bytes:
+    if policy.blob is None:
+        return bytes(policy.content)
+    data = contents.read(store, policy.blob)
+    if data is None:
+        raise Refused(
+            Code.BLOB_DIGEST,
+            f"the content of policy {(target.policy or '')[:12]} is not on disk as its digest says",
+            "have it rolled out again",
+        )
+    return data
 
 
 def check_allowed(
@@ -270,21 +295,35 @@ def collect(store: Store, module: str) -> None:
     for name in own.disk.names(own.folder / "versions"):
         if name not in kept:
             own.disk.remove(own.folder / "versions" / name)
-    policies = set()
-    packages: set[str] = set()
+    # What is there is listed before it is asked who needs it: another module's download may begin meanwhile.
+    found = [
+        (folder, name)
+        for folder in (store.contents, store.policies, store.downloads)
+        for name in store.disk.names(folder)
+    ]
+    needed: set[str] = set()
     for other in store.modules():
         known = store.module(other).read()
-        policies |= {r.policy for r in (known.promoted, known.previous, known.target) if r is not None}
+        for running in (known.promoted, known.previous, known.target):
+            needed |= _named(store, running)
         if known.target is not None and (known.step or known.phase is Phase.REJECTED):
-            packages.add(
-                known.target.package
-            )  # what arrived of it is gone on with when it is asked for again
-    for name in store.disk.names(store.policies):
-        if name.removesuffix(".json") not in policies:
-            store.disk.remove(store.policies / name)
-    for name in store.disk.names(store.downloads):
-        if name.partition(".")[0] not in packages:
-            store.disk.remove(store.downloads / name)
+            needed.add(known.target.package)  # what arrived of it is gone on with when it is asked for again
+    for folder, name in found:
+        if name.partition(".")[0] not in needed:
+            store.disk.remove(folder / name)
+
+
+def _named(store: Store, running: Running | None) -> set[str]:
+    """A policy's digest, and that of its content."""
+    if running is None or running.policy is None:
+        return set()
+    try:
+        blob = policies.kept_policy(_kept(store, running), running).blob
+    except Refused as refused:
+        if refused.code is Code.HOST_DISK:
+            raise  # nobody knows what it names: nothing is swept
+        blob = None
+    return {running.policy} | ({blob.sha256} if blob is not None else set())
 
 
 @contextmanager

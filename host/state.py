@@ -154,13 +154,21 @@ class Store:
         self.disk = disk
         self.dir = state_dir
         self.policies = state_dir / "policies"
+        self.contents = state_dir / "contents"
         self.downloads = state_dir / "downloads"
         self.tuf = state_dir / "tuf"
         self.trust = state_dir / "trust"
 
     def open(self, new_incarnation: Callable[[], str], now: datetime) -> HostState:
         """The host's state, made at `now` when there is none. Raises Refused(HOST_DISK)."""
-        for folder in (self.dir, self.policies, self.downloads, self.trust, self.dir / "modules"):
+        for folder in (
+            self.dir,
+            self.policies,
+            self.contents,
+            self.downloads,
+            self.trust,
+            self.dir / "modules",
+        ):
             self.disk.folder(folder)
         found = _decode(self.disk, self.dir / "state.json", HostState)
         if found is None:
@@ -186,6 +194,10 @@ class Store:
     def policy_path(self, digest: str) -> Path:
         """Where a policy's envelope is kept."""
         return self.policies / f"{digest}.json"
+
+    def content_path(self, digest: str) -> Path:
+        """Where content is kept that a policy names instead of holding it."""
+        return self.contents / digest
 
     def download_path(self, digest: str) -> Path:
         """Where a package lies until it is unpacked."""

@@ -16,7 +16,6 @@ import msgspec
 from loopback.contracts import abi
 from loopback.contracts.codes import Refusal, Refused
 from loopback.contracts.desired import Running
-from loopback.contracts.messages import Policy
 from loopback.host import install, proc, status, transitions
 from loopback.host.config import HostConfig
 from loopback.host.launch import launch
@@ -122,9 +121,9 @@ class Supervisor:
         if running.policy is not None and not (
             self.health.enforcing and self.health.policy == running.policy
         ):
-            policy = await asyncio.to_thread(install.read_policy, self.store, running)
-            assert policy is not None
-            await stage(process, running, policy)
+            content = await asyncio.to_thread(install.policy_content, self.store, running)
+            assert content is not None
+            await stage(process, running, content)
             await process.request(abi.Commit(digest=running.policy, trial_s=RESTORE_TRIAL_S))
             await process.request(abi.Confirm(digest=running.policy))
             self.health = await process.health()
@@ -230,15 +229,18 @@ class Supervisor:
 
 
 async def stage(
-    process: ModuleProcess, running: Running, policy: Policy, control: list[abi.Connection] | None = None
+    process: ModuleProcess, running: Running, content: bytes, control: list[abi.Connection] | None = None
 ) -> dict[str, str]:
-    """Have a policy staged, one that leaves the connections of `control` alone; what the module says of it. Raises Refused."""
+    """Have a policy of this content staged, one that leaves the connections of `control` alone.
+
+    Returns what the module says of it. Raises Refused.
+    """
     assert running.policy is not None
     done = await process.request(
         abi.Stage(
             digest=running.policy,
             serial=running.policy_serial,
-            content=bytes(policy.content),
+            content=content,
             control=control,
         )
     )

@@ -20,12 +20,13 @@ from loopback.contracts import envelope, reports, subjects, trustdoc
 from loopback.contracts.desired import DesiredModule, DesiredState, Running
 from loopback.contracts.envelope import Envelope
 from loopback.contracts.keys import SigningKey
-from loopback.contracts.messages import Command, HostPut, Policy, RolloutStart, Scope, Selector, Wave
+from loopback.contracts.messages import Blob, Command, HostPut, Policy, RolloutStart, Scope, Selector, Wave
 from loopback.contracts.reports import AnyReport, ModuleStatus, Phase, Status
 from loopback.contracts.trustdoc import Operator, Role, TrustDocument
 from loopback.host.agent import Agent
 from loopback.host.config import Allow, HostConfig
 from loopback.host.link import signing_key
+from loopback.services._runtime.bus import Conflict
 from loopback.services._runtime.wire import Outgoing
 from loopback.trust import blobs, signing
 from loopback.trust.manifest import HealthTable, LimitsTable, Manifest, ModuleTable
@@ -129,7 +130,7 @@ class Signers:
         return envelope.seal(envelope.DESIRED, msgspec.json.encode(document), *(keys or (self.activation,)))
 
     def policy(
-        self, serial: int, content: Mapping[str, object] | None = None, **changes: Any
+        self, serial: int, plain: Mapping[str, object] | None = None, **changes: Any
     ) -> tuple[bytes, str]:
         """A signed policy's bytes and their digest."""
         policy = Policy(
@@ -137,12 +138,17 @@ class Signers:
             module=self.module,
             name="p",
             serial=serial,
-            content=msgspec.Raw(msgspec.json.encode(content or {"serial": serial})),
+            content=msgspec.Raw(msgspec.json.encode(plain or {"serial": serial})),
             issued_at=datetime.now(UTC),
         )
         policy = msgspec.structs.replace(policy, **changes)
         data = envelope.seal_bytes(envelope.POLICY, msgspec.json.encode(policy), self.operator)
         return data, hashlib.sha256(data).hexdigest()
+
+    def apart(self, serial: int, content: bytes, **changes: Any) -> tuple[bytes, str]:
+        """A signed policy that names its content, which lies elsewhere."""
+        blob = Blob(hashlib.sha256(content).hexdigest(), len(content))
+        return self.policy(serial, **({"content": msgspec.Raw(b"null"), "blob": blob} | changes))
 
 
 def tiny(version: str = "1.0", how: str = "healthy", **module: Any) -> bytes:
@@ -223,6 +229,14 @@ class World:
         """The same version with another policy, published."""
         data, digest = self.signers.policy(serial, {"serial": serial, **content})
         await self.blob(data)
+        return msgspec.structs.replace(running, policy=digest, policy_serial=serial)
+
+    async def with_content(self, running: Running, serial: int, content: bytes) -> Running:
+        """The same version with a policy whose content is stored apart."""
+        data, digest = self.signers.apart(serial, content)
+        await self.blob(data)
+        with contextlib.suppress(Conflict):  # other policies may name the same content
+            await self.blob(content)
         return msgspec.structs.replace(running, policy=digest, policy_serial=serial)
 
     async def desire(self, target: Running | None, **changes: Any) -> int:

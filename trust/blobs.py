@@ -143,16 +143,16 @@ async def _size(get: Get, sha256: str, max_size: int, size: int | None) -> int:
     if not re.fullmatch(r"[0-9]{1,12}", text):
         raise Refused(Code.BLOB_DIGEST, f"content {sha256[:12]} does not say its size")
     total = int(text)
-    if total > max_size:
-        raise Refused(
-            Code.PACKAGE_TOO_LARGE,
-            f"content {sha256[:12]} announces {total} bytes; at most {max_size} are accepted",
-        )
     if size is not None and total != size:
         raise Refused(
             Code.BLOB_DIGEST,
             f"content {sha256[:12]} announces {total} bytes, but {size} were signed",
             "have it published again",
+        )
+    if total > max_size:
+        raise Refused(
+            Code.PACKAGE_TOO_LARGE,
+            f"content {sha256[:12]} announces {total} bytes; at most {max_size} are accepted",
         )
     return total
 
@@ -174,13 +174,18 @@ async def _chunks(get: Get, sha256: str, total: int, first: int, parallel: int) 
 
 
 async def _together(get: Get, sha256: str, numbers: range) -> list[bytes]:
-    """These chunks, fetched at once; where one fails, the others end too."""
+    """These chunks, fetched at once; where one fails, the others end too.
+
+    Not a TaskGroup: where a task of one fails, Python 3.11 leaves the task that waited for it marked as being cancelled, and
+    its next `asyncio.timeout` that runs out ends it. An agent whose download failed once would obey nothing any more.
+    """
+    tasks = [asyncio.ensure_future(_chunk(get, sha256, number)) for number in numbers]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_chunk(get, sha256, number)) for number in numbers]
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-    return [task.result()[0] for task in tasks]
+        return [data for data, _ in await asyncio.gather(*tasks)]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _chunk(get: Get, sha256: str, number: int) -> tuple[bytes, dict[str, str]]:

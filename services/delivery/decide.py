@@ -23,7 +23,7 @@ from loopback.contracts import journal, trustcheck
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.envelope import POLICY, open_envelope, parse
 from loopback.contracts.keys import SigningKey
-from loopback.contracts.messages import Release, ReleasePublish, decode_policy
+from loopback.contracts.messages import Policy, Release, ReleasePublish, decode_policy
 from loopback.contracts.trustdoc import Role, Trust
 from loopback.trust import signing, standing
 from loopback.trust.manifest import Manifest
@@ -339,30 +339,31 @@ def judge_release(created: journal.Created, target: TargetInfo | None) -> Refusa
     return None
 
 
-def judge_policy(created: journal.Created, workspace: str, data: bytes, trust: Trust) -> Refusal | None:
-    """Why hosts would refuse the rollout's policy, or None. They judge for themselves; this answers earlier."""
+def check_policy(created: journal.Created, workspace: str, data: bytes, trust: Trust) -> Policy:
+    """The rollout's policy, as hosts would read it. They judge for themselves; this answers earlier.
+
+    Raises Refused: what hosts would say, ENVELOPE_*, SIGNATURE_*, COMMAND_UNAUTHORISED, POLICY_*.
+    """
+    payload, keyids = open_envelope(parse(data), POLICY, trust.operator_keys)
+    trust.authorise(keyids, Role.AUTHOR, workspace)
     try:
-        payload, keyids = open_envelope(parse(data), POLICY, trust.operator_keys)
-        trust.authorise(keyids, Role.AUTHOR, workspace)
         policy = decode_policy(payload)
     except (msgspec.MsgspecError, RecursionError) as error:
-        return Refusal(Code.POLICY_MALFORMED, f"the stored policy is no signed policy: {error}")
-    except Refused as refused:
-        return refused.refusal
+        raise Refused(Code.POLICY_MALFORMED, f"the stored policy is no signed policy: {error}") from None
     if (policy.workspace, policy.module) != (workspace, created.module):
-        return Refusal(
+        raise Refused(
             Code.POLICY_INVALID,
             f"the policy was signed for {policy.module!r} in {policy.workspace!r}, not for {created.module!r} in "
             f"{workspace!r}",
             "sign it for this workspace",
         )
     if policy.serial != created.policy_serial:
-        return Refusal(
+        raise Refused(
             Code.POLICY_SERIAL,
             f"the policy has serial {policy.serial}, the rollout says {created.policy_serial}",
             "start the rollout with the policy's own serial",
         )
-    return None
+    return policy
 
 
 def _due(expires: datetime, life: timedelta, now: datetime) -> bool:

@@ -12,9 +12,9 @@ from typing import Final
 import msgspec
 from opentelemetry import metrics, trace
 
-from loopback.contracts import events, journal, subjects
+from loopback.contracts import envelope, events, journal, subjects
 from loopback.contracts.codes import Code, Refusal, Refused
-from loopback.contracts.messages import Command, MetadataPublish, Release, ReleasePublish, Verdict
+from loopback.contracts.messages import Blob, Command, MetadataPublish, Release, ReleasePublish, Verdict
 from loopback.services._runtime import tracing
 from loopback.services._runtime.bus import Bus, Conflict, Outgoing, Stored
 from loopback.services._runtime.commands import Accepted, CommandContext
@@ -141,13 +141,16 @@ class Handlers:
                 self._remember(target.sha256)
             if created.policy is None:
                 return None
-            data = await blobs.read(self._store.blob_message, created.policy)
-            refusal = decide.judge_policy(created, workspace, data, await self._trust.current())
+            data = await blobs.read(self._store.blob_message, created.policy, max_size=envelope.MAX_ENVELOPE)
+            policy = decide.check_policy(created, workspace, data, await self._trust.current())
+            if policy.blob is not None and policy.blob.sha256 not in self._whole:
+                await self._look_through(policy.blob)
+                self._remember(policy.blob.sha256)
         except Refused as refused:
             if refused.code in _PASSING:
                 raise  # ours, not the rollout's: the message comes again
             return refused.refusal
-        return refusal
+        return None
 
     async def _inspect(self, digest: str, size: int, *, described: bool = False) -> Manifest:
         """Fetch a package from the bus and verify it whole, where `described` with its SBOM and provenance.
@@ -164,6 +167,15 @@ class Handlers:
             if described:
                 await asyncio.to_thread(package.check_described, path, info)
         return info.manifest
+
+    async def _look_through(self, blob: Blob) -> None:
+        """Whether a policy's content is completely there, and what its digest says. Raises Refused(BLOB_*)."""
+        await asyncio.to_thread(self._scratch.mkdir, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            place = Path(folder) / "content"
+            await blobs.download(
+                self._store.blob_message, blob.sha256, max_size=blob.size, size=blob.size, into=place
+            )
 
     async def _list(self, release: Release, command: Command) -> None:
         """Write the catalog's entry, unless it says so already."""

@@ -19,6 +19,7 @@ from loopback.contracts import envelope, journal, subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import (
+    Blob,
     MetadataPublish,
     Policy,
     ReleasePublish,
@@ -189,8 +190,12 @@ async def test_swapped_content_is_refused(world: World) -> None:
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     evil = bytes([data[0] ^ 1]) + data[1:]
+    command = await world.command(path)
+    await world.bus.api("STREAM.PURGE.LB_BLOB", {"filter": subjects.blob_chunks(digest)})
     await world.bus.publish(Outgoing(subjects.blob(digest, 0), evil, blobs.headers(len(evil))))
-    assert (await world.refused(await world.command(path))).code == Code.BLOB_DIGEST
+    with pytest.raises(Refused, match="is something else"):  # whoever would store the right ones is told
+        await world.session.put_blob(data)
+    assert (await world.refused(command)).code == Code.BLOB_DIGEST
 
 
 async def test_content_that_was_never_stored_is_refused(world: World) -> None:
@@ -433,6 +438,14 @@ async def test_rollouts_get_a_verdict_on_their_release_and_their_policy(world: W
     elsewhere = await world.session.put_blob(policy_bytes(world, workspace="test"))
     newer = await world.session.put_blob(policy_bytes(world, serial=2))
     unsigned = await world.session.put_blob(b"\xff\xfe")
+    content = b'{"rules": "%s"}' % (b"x" * 2_000_000)
+    blob = Blob(await world.session.put_blob(content), len(content))
+    apart = await world.session.put_blob(policy_bytes(world, content=msgspec.Raw(b"null"), blob=blob))
+    assert (await verdict(world, created(info, "large", policy=apart))).refusal is None
+    unstored = Blob("0" * 64, 2_000_000)
+    lost = await world.session.put_blob(policy_bytes(world, content=msgspec.Raw(b"null"), blob=unstored))
+    shorter = Blob(blob.sha256, blob.size - 1)
+    misnamed = await world.session.put_blob(policy_bytes(world, content=msgspec.Raw(b"null"), blob=shorter))
     stranger = SigningKey.generate()
     forged = await world.session.put_blob(envelope.seal_bytes(envelope.POLICY, policy_bytes(world), stranger))
     for name, link, code in (
@@ -441,6 +454,8 @@ async def test_rollouts_get_a_verdict_on_their_release_and_their_policy(world: W
         ("outside its scope", created(info, "r3", package="0" * 64), Code.PACKAGE_DIGEST),
         ("another size", created(info, "r4", size=1), Code.PACKAGE_DIGEST),
         ("no policy", created(info, "r5", policy="0" * 64), Code.BLOB_MISSING),
+        ("no content", created(info, "r10", policy=lost), Code.BLOB_MISSING),
+        ("content of another size", created(info, "r11", policy=misnamed), Code.BLOB_DIGEST),
         ("another workspace's", created(info, "r6", policy=elsewhere), Code.POLICY_INVALID),
         ("another serial", created(info, "r7", policy=newer), Code.POLICY_SERIAL),
         ("nonsense", created(info, "r8", policy=unsigned), Code.ENVELOPE_MALFORMED),

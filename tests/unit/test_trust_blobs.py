@@ -176,3 +176,15 @@ async def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path:
     with pytest.raises(OSError, match="symbolic links"):
         await blobs.download(bus.get, bus.sha256, max_size=10**6, into=tmp_path / "c")
     assert victim.read_bytes() == b"precious"
+
+
+async def test_whoever_met_a_missing_chunk_is_not_taken_for_cancelled(tmp_path: Path) -> None:
+    bus = Bus(DATA)
+    del bus.stored[subjects.blob(bus.sha256, 2)]
+    assert await refused(bus, tmp_path / "c") == Code.BLOB_MISSING
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await asyncio.Event().wait()
