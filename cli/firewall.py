@@ -181,11 +181,13 @@ def _explain_frames(
         way = fields.direction(direction)
     except Wrong as error:
         raise Refused(Code.POLICY_INVALID, f"--direction: {error.message}", error.hint) from None
-    frames = list(itertools.islice(firewall_pcap.read(pcap.read_bytes(), way), MAX_PACKETS + 1))
-    if len(frames) > MAX_PACKETS:
-        raise Refused(Code.POLICY_INVALID, f"{pcap} holds more than {MAX_PACKETS} frames", "split the file")
+    frames = firewall_pcap.read(
+        pcap.read_bytes(), way
+    )  # one by one: filled up, they can be far more than the file
     with open_kernel(found, object_path) as judging:
-        verdicts = judging.judge_frames(frames)
+        verdicts = judging.judge_frames(itertools.islice(frames, MAX_PACKETS))
+    if next(frames, None) is not None:
+        raise Refused(Code.POLICY_INVALID, f"{pcap} holds more than {MAX_PACKETS} frames", "split the file")
     if as_json:
         sys.stdout.write("".join(_verdict_line(verdict) for verdict in verdicts))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -85,7 +85,7 @@ class KernelJudge:
         found = self._datapath.explain(packets)
         return [Verdict(verdict.action, verdict.rule, verdict.generation) for verdict in found]
 
-    def judge_frames(self, frames: Sequence[Frame]) -> list[Verdict]:
+    def judge_frames(self, frames: Iterable[Frame]) -> list[Verdict]:
         """The same for frames as they were captured. Raises Refused(POLICY_INVALID) for one that is too long to ask about."""
         found = self._datapath.explain_frames(frames)
         return [Verdict(verdict.action, verdict.rule, verdict.generation) for verdict in found]

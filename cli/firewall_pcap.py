@@ -13,7 +13,8 @@ from typing import Final, NamedTuple, NoReturn
 
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall.model import Direction
-from loopback.modules.firewall.packets import Frame
+from loopback.modules.firewall.packets import LONGEST_FRAME, Frame
+from loopback.modules.firewall.policy_fields import ICMP, ICMPV6, WITH_PORTS
 
 ETHERNET, NULL, RAW, LOOP, SLL, IPV4, IPV6, SLL2 = 1, 0, 101, 108, 113, 228, 229, 276
 RAW_OLD: Final = (12, 14)  # what raw IP was called in files of some systems
@@ -21,6 +22,8 @@ _SECTION: Final = 0x0A0D0D0A
 _MAGIC: Final = {0xA1B2C3D4, 0xA1B23C4D}
 _MOST: Final = 1 << 24  # bytes of one block or frame; nothing on a wire is as long
 _OUTGOING: Final = 4  # the packet type of Linux's cooked captures
+_TAGS: Final = (0x8100, 0x88A8)
+_EXTENSIONS: Final = (0, 43, 44, 51, 60)
 
 
 class _Link(NamedTuple):
@@ -32,7 +35,8 @@ def read(data: bytes, direction: Direction = Direction.INGRESS) -> Iterator[Fram
     """The frames of a capture. `direction` is that of frames whose capture does not say it.
 
     A frame that the capture cut short is filled up with zeros to its length. Raises Refused(POLICY_MALFORMED) for what is no
-    capture, ends early, or has a link type that carries no IP.
+    capture, ends early, has a link type that carries no IP, a frame that is too long to ask about, or one of which the capture
+    kept too little to tell what its headers say.
     """
     if len(data) >= 24:
         for order in "<>":
@@ -124,9 +128,9 @@ def _option(options: bytes, wanted: int, order: str) -> bytes:
 
 def _frame(data: bytes, whole: int, link: _Link, direction: Direction, number: int) -> Frame:
     """A frame to ask about. Link headers that no device of ours has are taken off; IP itself is never touched."""
-    data += bytes(max(whole - len(data), 0))
     if link.kind == ETHERNET:
-        return Frame(data, direction, link.name)
+        return Frame(_whole(data, whole, False, number), direction, link.name)
+    before = len(data)
     if link.kind == SLL:
         direction = Direction.EGRESS if data[:2] == b"\0\4" else direction
         data = data[16:]
@@ -137,4 +141,41 @@ def _frame(data: bytes, whole: int, link: _Link, direction: Direction, number: i
         data = data[4:]
     elif link.kind not in (RAW, IPV4, IPV6, *RAW_OLD):
         _refuse(f"link type {link.kind} carries no IP that we know to find", number)
-    return Frame(data, direction, link.name, network=True)
+    whole -= before - len(data)
+    return Frame(_whole(data, whole, True, number), direction, link.name, network=True)
+
+
+def _whole(kept: bytes, whole: int, network: bool, number: int) -> bytes:
+    """A frame in its length on the wire, where what was kept of it decides what the program says."""
+    if max(len(kept), whole) > LONGEST_FRAME:
+        _refuse(f"its {max(len(kept), whole)} bytes are more than the {LONGEST_FRAME} of a dry run", number)
+    if len(kept) < whole and not _tells(kept, network):
+        _refuse(f"the capture kept {len(kept)} of its {whole} bytes, too few for its headers", number)
+    return kept + bytes(max(whole - len(kept), 0))
+
+
+def _tells(kept: bytes, network: bool) -> bool:
+    """Whether the beginning of a frame has all that rules can ask about: addresses, protocol, ports or types."""
+    try:
+        at, kind = 0, {4: 0x0800, 6: 0x86DD}.get(kept[0] >> 4, 0)
+        if not network:
+            at, kind = 14, kept[12] << 8 | kept[13]
+            for _ in range(2):
+                if kind in _TAGS:
+                    at, kind = at + 4, kept[at + 2] << 8 | kept[at + 3]
+        if kind == 0x0800:
+            protocol, later = kept[at + 9], (kept[at + 6] << 8 | kept[at + 7]) & 0x1FFF
+            at += 20 if later else (kept[at] & 15) * 4
+        elif kind == 0x86DD:
+            protocol, later, at = kept[at + 6], 0, at + 40
+            while protocol in _EXTENSIONS and not later:
+                units = {44: 8, 51: (kept[at + 1] + 2) * 4}.get(protocol, (kept[at + 1] + 1) * 8)
+                later = protocol == 44 and (kept[at + 2] << 8 | kept[at + 3]) & 0xFFF8
+                protocol, at = kept[at], at + units
+        else:
+            return True
+    except IndexError:
+        return False
+    if not later:
+        at += 4 if protocol in WITH_PORTS else 2 if protocol in (ICMP, ICMPV6) else 0
+    return at <= len(kept)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import plain_frames
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scapy.layers.l2 import Ether
+from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet6 import (
+    ICMPv6EchoRequest,
+    IPv6,
+    IPv6ExtHdrDestOpt,
+    IPv6ExtHdrFragment,
+    IPv6ExtHdrHopByHop,
+)
+from scapy.layers.ipsec import AH
+from scapy.layers.l2 import Dot1Q, Ether
+from scapy.packet import Raw
 from scapy.utils import wrpcap, wrpcapng
 
 from loopback.cli import firewall_packets, firewall_pcap
@@ -135,9 +147,54 @@ def test_a_frame_cut_short_by_the_capture_has_its_length_again() -> None:
 
 @pytest.mark.parametrize("data", [
     b"", b"x" * 100, capture(1, V4)[:-1], capture(1, V4)[:30], capture(105, V4),
-    struct.pack("<III", 0x0A0D0D0A, 11, 0) + bytes(20), capture(1, V4, 1 << 30),
+    struct.pack("<III", 0x0A0D0D0A, 11, 0) + bytes(20), capture(1, V4, 1 << 30), capture(1, V4, 65558), capture(1, V4)[:10],
+    capture(1, V4[:37], len(V4)), capture(101, V4[14:30], len(V4) - 14),
 ])  # fmt: skip
 def test_what_is_no_capture_is_refused(data: bytes) -> None:
     with pytest.raises(Refused) as caught:
         list(firewall_pcap.read(data))
     assert caught.value.code == Code.POLICY_MALFORMED
+
+
+CUT: dict[str, Any] = {
+    "udp": IP() / UDP(dport=53),
+    "tcp with options": IP(options=b"\1" * 40) / TCP(dport=80),
+    "icmp": IP() / ICMP(type=3, code=4),
+    "later fragment": IP(frag=8, proto=17) / Raw(bytes(32)),
+    "another protocol": IP(proto=50) / Raw(bytes(32)),
+    "tagged twice": Dot1Q(vlan=1) / Dot1Q(vlan=2) / IPv6() / UDP(dport=53),
+    "options": IPv6() / IPv6ExtHdrHopByHop() / IPv6ExtHdrDestOpt() / TCP(dport=80),
+    "authenticated": IPv6() / AH(nh=58, payloadlen=4, icv=bytes(12)) / ICMPv6EchoRequest(),
+    "first fragment": IPv6() / IPv6ExtHdrFragment(m=1) / UDP(dport=53),
+    "later fragment of IPv6": IPv6() / IPv6ExtHdrFragment(offset=1) / Raw(bytes(32)),
+}
+
+
+@pytest.mark.parametrize("packet", CUT.values(), ids=CUT.keys())
+@pytest.mark.parametrize("network", [False, True])
+def test_a_cut_frame_is_read_as_the_whole_one_or_refused(packet: Any, network: bool) -> None:
+    """A port that the capture left out must not be taken for port 0."""
+    if network and isinstance(packet, Dot1Q):
+        return
+    whole = bytes(packet if network else Ether() / packet) + bytes(100)
+    kind, said = plain_frames.read(whole, network=network)
+    assert kind == "parsed" and said is not None
+    read = refused = 0
+    for kept in range(1, len(whole)):
+        try:
+            (only,) = firewall_pcap.read(capture(101 if network else 1, whole[:kept], len(whole)))
+        except Refused:
+            refused += 1
+            continue
+        read += 1
+        found = plain_frames.read(only.data, network=network)[1]
+        assert found == said, f"with {kept} bytes"
+    assert read > 90 and refused > (15 if network else 30)
+
+
+def test_a_small_file_of_long_frames_is_read_one_by_one() -> None:
+    """Filled up to their lengths they would take 6 GiB."""
+    data = capture(1, V4[:40], 65000)
+    frames = firewall_pcap.read(data[:24] + data[24:] * 100_000)
+    assert len(next(frames).data) == 65000
+    assert isinstance(frames, Iterator)
