@@ -24,6 +24,7 @@ from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import compile as compiler
 from loopback.modules.firewall import policy, schema
 from loopback.modules.firewall import policy_fields as fields
+from loopback.modules.firewall.entries import RuleRefused
 from loopback.modules.firewall.model import Action, FirewallPolicy, Packet
 from loopback.modules.firewall.policy_fields import PROTOCOL_NAMES, WITH_PORTS, Wrong
 from loopback.modules.firewall.policy_text import PolicyRefused, Problem, render
@@ -78,8 +79,13 @@ def check(
         _refuse(error)
     except Refused as error:
         if as_json:
+            line, field, what = 0, "", error.reason
+            if isinstance(error, RuleRefused):
+                place = [rule.name for rule in found.rules].index(error.rule.name)
+                line, what = error.rule.line, error.what
+                field = f"rules[{place}]" + f".{error.field}" * bool(error.field)
             only = Problem(
-                source=str(file), line=0, column=0, field="", message=error.reason, hint=error.next_step
+                source=str(file), line=line, column=0, field=field, message=what, hint=error.next_step
             )
             _print({"ok": False, "code": error.code, "problems": [_problem(only)], "failed": []})
         raise

@@ -17,7 +17,15 @@ from loopback.bpf import layout
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import classifier
 from loopback.modules.firewall.classifier import KnownSets, KnownTables, Parts
-from loopback.modules.firewall.entries import MAX_ENTRIES, NO_RECORD, Made, Sets, made_of, place_of, too_many
+from loopback.modules.firewall.entries import (
+    MAX_ENTRIES,
+    NO_RECORD,
+    Made,
+    RuleRefused,
+    Sets,
+    made_of,
+    too_many,
+)
 from loopback.modules.firewall.model import Action, Direction, FirewallPolicy
 from loopback.modules.firewall.prefixes import no_collection
 from loopback.modules.firewall.tuples import Entry
@@ -154,9 +162,10 @@ def _interfaces(policy: FirewallPolicy) -> tuple[str, ...]:
             continue
         found |= dict.fromkeys(rule.interfaces)
         if len(found) > layout.MAX_INTERFACES:
-            raise Refused(
-                Code.POLICY_INVALID,
-                f"{place_of(rule)}: iface: with this rule the policy names more than {layout.MAX_INTERFACES} interfaces",
+            raise RuleRefused(
+                rule,
+                "iface",
+                f"with this rule the policy names more than {layout.MAX_INTERFACES} interfaces",
                 "leave iface out where any interface will do, or name fewer",
             )
     return tuple(found)

@@ -293,9 +293,10 @@ def _side(rule: Rule, word: str, prefixes: tuple[Prefix, ...], names: tuple[str,
         left = ()
     found = [number for number in numbers if number is not None]
     if len(found) < len(numbers):
-        raise Refused(
-            Code.POLICY_INVALID,
-            f"{place_of(rule)}: {word}: the policy has more than {layout.MAX_SETS} sets or lists of over {SPELT_OUT} prefixes",
+        raise RuleRefused(
+            rule,
+            word,
+            f"the policy has more than {layout.MAX_SETS} sets or lists of over {SPELT_OUT} prefixes",
             "let rules share sets: each counts once",
         )
     return Side(found, left, True)
@@ -320,13 +321,14 @@ def _limit(rule: Rule) -> tuple[int, int, int]:
     if limit is None:
         return 0, 0, 0
     if not math.isfinite(limit.rate) or limit.rate <= 0 or limit.burst < 1:
-        raise Refused(Code.POLICY_INVALID, f"{place_of(rule)}: limit: rate and burst must be positive")
+        raise RuleRefused(rule, "limit", "rate and burst must be positive")
     interval = max(1, round(_NS / limit.rate))
     tolerance = interval * (limit.burst - 1)
     if tolerance >= 1 << 62:
-        raise Refused(
-            Code.POLICY_INVALID,
-            f"{place_of(rule)}: limit: rate {limit.rate} and burst {limit.burst} take centuries",
+        raise RuleRefused(
+            rule,
+            "limit",
+            f"rate {limit.rate} and burst {limit.burst} take centuries",
             "write a smaller burst",
         )
     return interval, tolerance, layout.LIMIT_SOURCE if limit.per == "source" else layout.LIMIT_RULE
@@ -343,11 +345,20 @@ def _coalesced(ranges: Iterable[PortRange]) -> tuple[PortRange, ...]:
     return tuple(found)
 
 
+class RuleRefused(Refused):
+    """A rule for which the programs have no room or no meaning, with its `field`, empty where it is the rule as a whole."""
+
+    def __init__(self, rule: Rule, field: str, what: str, hint: str = "") -> None:
+        super().__init__(Code.POLICY_INVALID, f"{place_of(rule)}: {field}{': ' * bool(field)}{what}", hint)
+        self.rule, self.field, self.what = rule, field, what
+
+
 def too_many(rule: Rule) -> Refused:
     """What a rule is told with which a policy has more than MAX_ENTRIES."""
-    return Refused(
-        Code.POLICY_INVALID,
-        f"{place_of(rule)}: with this rule the policy needs more than {MAX_ENTRIES} entries",
+    return RuleRefused(
+        rule,
+        "",
+        f"with this rule the policy needs more than {MAX_ENTRIES} entries",
         "shorten the rules' lists of ports, protocols and types, or use fewer rules",
     )
 

@@ -99,15 +99,19 @@ class Source:
             except _RepeatedKey:
                 found = next(iter(repeated(self.text)), None)
                 if found is None:  # it stands behind something that is nested deeper than anybody looks
-                    raise self.malformed(None, f"nested more than {MAX_DEPTH} deep") from None
+                    raise self.malformed(_too_deep(self.text), f"nested more than {MAX_DEPTH} deep") from None
                 mark, key = found
                 raise self.malformed(
                     mark, f"the key {quote(key)} is there twice", "keep one of them"
                 ) from None
             except (RecursionError, _TooDeep):
-                raise self.malformed(None, f"nested more than {MAX_DEPTH} deep") from None
-            except ValueError as error:  # an integer of thousands of digits, or NaN
-                raise self.malformed(None, f"not JSON: {error}") from None
+                raise self.malformed(_too_deep(self.text), f"nested more than {MAX_DEPTH} deep") from None
+            except ValueError as error:  # NaN, or an integer of thousands of digits
+                numbers = (one for one in _TOKEN.finditer(self.text) if one["number"])
+                at = next((place_of(self.text, one.start()) for one in numbers), None)
+                long = "a number of more digits than anybody needs"
+                said = str(error) if "is not a number" in str(error) else long
+                raise self.malformed(at, f"not JSON: {said}") from None
         try:
             return self._read_yaml()
         except ImportError:
@@ -258,6 +262,7 @@ def _depth_over(plain: Any, allowed: int) -> bool:
 _STRINGS = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SCALAR = re.compile(r"[^,\]}\s]+")
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]|(?P<number>-?(?:NaN|Infinity|[0-9]{4301}))', re.DOTALL)
 
 
 def json_marks(text: str) -> Iterator[tuple[Mark, Place]]:
@@ -268,6 +273,16 @@ def json_marks(text: str) -> Iterator[tuple[Mark, Place]]:
         start = max(start, text.rfind("\n", counted, offset) + 1)
         counted = offset
         yield mark, Place(line, offset - start + 1)
+
+
+def _too_deep(text: str) -> Place | None:
+    """Where a JSON text is nested too deep for the first time."""
+    depth = 0
+    for one in _TOKEN.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(one[0], 0)
+        if depth > MAX_DEPTH:
+            return place_of(text, one.start())
+    return None
 
 
 def repeated(text: str) -> Iterator[tuple[Place, str]]:

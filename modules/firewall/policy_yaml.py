@@ -20,8 +20,9 @@ from yaml.events import (
     ScalarEvent,
     SequenceStartEvent,
 )
+from yaml.reader import Reader
 
-from loopback.modules.firewall.policy_text import MAX_DEPTH, Mark, Path, Place, quote
+from loopback.modules.firewall.policy_text import MAX_DEPTH, Mark, Path, Place, place_of, quote
 
 MAX_VALUES: Final = 4_000_000  # values after aliases are expanded; a million prefixes and 100k rules fit
 
@@ -65,7 +66,9 @@ def _events(text: str) -> Iterator[Any]:
         hint = "indent with spaces" if "'\\t'" in said or "tab" in said else ""
         raise Malformed(_place(error.problem_mark or error.context_mark), f"not YAML: {said}", hint) from None
     except yaml.YAMLError as error:  # a reader error: characters that YAML does not allow
-        raise Malformed(None, f"not YAML: {str(error).splitlines()[0]}") from None
+        wrong = Reader.NON_PRINTABLE.search(text)
+        place = place_of(text, wrong.start()) if wrong else None
+        raise Malformed(place, f"not YAML: {str(error).splitlines()[0]}") from None
 
 
 def scalar(event: ScalarEvent) -> Any:

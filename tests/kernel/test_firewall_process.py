@@ -253,6 +253,58 @@ def test_a_bad_policy_is_refused_with_its_place(world: World, packages: dict[str
         assert module.health.policy == DIGEST[DROP]
 
 
+HEAD = b'{"version":1,"default":{"ingress":"accept","egress":"accept"},'
+BAD = {
+    "unknown field": (b'"rulez":[]}', Code.POLICY_INVALID, ":1:"),
+    "two of a name": (b'"rules":[{"name":"a","action":"drop"},{"name":"a","action":"drop"}]}',
+                      Code.POLICY_INVALID, "rules[1].name"),
+    "a key twice": (b'"rules":[],"rules":[]}', Code.POLICY_MALFORMED, "is there twice"),
+    "empty range": (b'"rules":[{"name":"a","action":"drop","proto":"tcp","ports":"9-1"}]}',
+                    Code.POLICY_INVALID, "rules[0].ports"),
+    "a set over its limit": (b'"sets":{"web":{"labels":{"role":"web"},"within":["10.0.0.0/8"],"max":1,'
+                             b'"prefixes":["10.1.0.0/16","10.2.0.0/16"]}}}',
+                             Code.POLICY_INVALID, "sets.web.prefixes"),
+    "more entries than there is room for": (
+        b'"rules":[{"name":"every","action":"drop","proto":["tcp","udp"],"ports":[%s],"source_ports":[%s]}]}'
+        % ((b",".join(b"%d" % port for port in range(1, 2000, 2)),) * 2),
+        Code.POLICY_INVALID, "rule 'every': with this rule the policy needs more than",
+    ),
+    "more interfaces than there are bits": (
+        b'"rules":[' + b",".join(b'{"name":"r%d","action":"drop","iface":"eth%d"}' % (n, n) for n in range(70)) + b"]}",
+        Code.POLICY_INVALID, "rule 'r63': iface",
+    ),
+    "an absurd number": (b'"rules":[{"name":"a","action":"drop","proto":"tcp","ports":1e308}]}',
+                         Code.POLICY_INVALID, "rules[0].ports"),
+    "an endless number": (b'"rules":[' + b"9" * 5000 + b"]}", Code.POLICY_MALFORMED, ":1:"),
+    "NUL in a name": (b'"rules":[{"name":"a\\u0000b","action":"drop"}]}', Code.POLICY_INVALID, "rules[0].name"),
+    "half a character": (b'"rules":[{"name":"\\ud800","action":"drop"}]}', Code.POLICY_INVALID, "rules[0].name"),
+    "no UTF-8": (b'"rules":[{"name":"\xff","action":"drop"}]}', Code.POLICY_MALFORMED, "0xff"),
+    "a hundred thousand deep": (b'"rules":' + b"[" * 100_000, Code.POLICY_MALFORMED, "nested"),
+    "a test that fails": (b'"tests":[{"packet":{"src":"10.0.0.1","dst":"10.0.0.2","proto":"udp"},"expect":"drop"}]}',
+                          Code.POLICY_TEST_FAILED, "test 1"),
+}  # fmt: skip
+
+
+def test_whatever_is_wrong_with_a_policy_it_is_refused_before_anything_changes(
+    world: World, packages: dict[str, Path]
+) -> None:
+    with running(world, packages["1.0.0"]) as module:
+        module.enforce(DROP)
+        generation = module.health.detail["generation"]
+        for what, (rest, code, said) in BAD.items():
+            digest = hashlib.sha256(rest).hexdigest()
+            answer = module.ask(abi.Stage(digest=digest, serial=2, content=HEAD + rest))
+            assert isinstance(answer, abi.Failed), what
+            assert (answer.code, said in answer.reason) == (code, True), (what, answer)
+            refused = module.ask(abi.Commit(digest=digest, trial_s=5))
+            assert isinstance(refused, abi.Failed) and refused.code == Code.MODULE_ABI, what
+            health = module.health
+            assert (health.policy, health.detail["generation"]) == (DIGEST[DROP], generation), what
+            assert not passes(world), what
+        module.enforce(PASS)
+        assert passes(world)
+
+
 # ── nothing leaks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 PACKETS, CHANGES = 1_000_000, 100

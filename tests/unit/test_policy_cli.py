@@ -90,6 +90,8 @@ def test_a_policy_that_the_program_has_no_room_for_is_refused_on_any_machine(
     code, out, err = run(capsys, "check", good, "--json", "--judge", "oracle")
     assert code == 2
     assert json.loads(out)["code"] == "policy.invalid"
+    (problem,) = json.loads(out)["problems"]
+    assert problem["line"] > 0 and problem["field"].startswith("rules[")
     assert "line 5: rule 'every'" in err and "needs more than" in err
 
 

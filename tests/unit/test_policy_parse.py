@@ -233,7 +233,7 @@ def test_line_and_column_point_at_the_value_in_yaml() -> None:
         (b'{"version": 1, "version": 1}', "there twice"),
         (b"version: 1\nversion: 1", "there twice"),
         (b'{"version": NaN}', "NaN"),
-        (b'{"version": ' + b"9" * 5000 + b"}", "4300 digits"),
+        (b'{"version": ' + b"9" * 5000 + b"}", "more digits"),
         (b"[" * 100_000, "nested"),
         (b'{"a":' * 20 + b"1" + b"}" * 20, "nested"),
         (b"- " * 20 + b"1", "nested"),

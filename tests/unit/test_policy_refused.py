@@ -31,6 +31,42 @@ def test_a_bad_policy_names_line_and_field(rest: str, line: int, field: str, sai
     assert said in problem.message
 
 
+YAML = "version: 1\ndefault: {ingress: drop, egress: accept}\n"
+MALFORMED = {
+    "deep lists": (HEAD + '"rules": ' + "[" * 100_000, "p.json", 3, "nested more than 16 deep"),
+    "deep lists that end": (HEAD + '"rules":\n' + "[" * 20 + "]" * 20 + "}", "p.json", 4, "nested more than 16 deep"),
+    "deep objects": (HEAD + '"rules": ' + '{"[": ' * 50_000, "p.json", 3, "nested more than 16 deep"),
+    "not a number": (HEAD + '"sets": {"NaN": []},\n"rules": [NaN]}', "p.json", 4, "NaN is not a number"),
+    "infinity": (HEAD + '"rules": [{"name": "a", "ports": -Infinity}]}', "p.json", 3, "-Infinity is not a number"),
+    "endless number": (HEAD + '"rules": [' + "9" * 5000 + "]}", "p.json", 3, "more digits"),
+    "NUL in JSON": (HEAD + '"rules": [{"name": "a\0b"}]}', "p.json", 3, "control character"),
+    "NUL in YAML": (YAML + 'rules:\n  - {name: "a\0b", action: accept}\n', "p.yaml", 4, "control characters"),
+    "escape in YAML": (YAML + "rules: [] # \x1b[2J\n", "p.yaml", 3, "control characters"),
+    "tag": (YAML + "rules: !!python/object/apply:os.system [id]\n", "p.yaml", 3, "the tag"),
+    "aliases": (YAML + "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{letter}: &{letter} [{', '.join([f'*{before}'] * 10)}]\n"
+        for before, letter in zip("abcdefgh", "bcdefghi", strict=True)
+     ), "p.yaml", 9, "more than 4000000 values"),
+    "alias of itself": (YAML + "rules: &a [*a]\n", "p.yaml", 3, ""),
+    "deep blocks": (YAML + "rules:\n" + "\n".join(" " * n + "-" for n in range(2, 3000)), "p.yaml", 19, "nested more than"),
+    "two documents": (YAML + "---\n" + YAML, "p.yaml", 3, "a second document"),
+    "a key twice": (YAML + "default: {ingress: accept, egress: accept}\n", "p.yaml", 3, "is there twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "name", "line", "said"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_text_that_abuses_its_language_is_refused_at_its_line(
+    text: str, name: str, line: int, said: str
+) -> None:
+    with pytest.raises(PolicyRefused) as caught:
+        policy.parse(text.encode(), name)
+    assert caught.value.code == Code.POLICY_MALFORMED
+    (problem,) = caught.value.problems
+    assert problem.line == line and problem.column > 0
+    assert said in problem.message
+    assert str(problem).isprintable()
+
+
 def test_a_set_over_its_limit_is_refused_by_line_and_name_and_one_at_its_limit_is_read() -> None:
     listed = ",".join(f'"{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}.0/24"' for n in range(MAX_SET))
     found = policy.parse(f'{HEAD}"sets": {{"big": [{listed}]}}}}'.encode())
