@@ -100,6 +100,10 @@ class Attachments:
                 self._filter(device, TC_EGRESS, programs["fw_l3_egress"])
                 mode, note = "tc", "no Ethernet header"
             return Attachment(device.name, device.index, mode, note)
+        except KeyError as lacking:  # another release's, by other names: what is there stays, and it puts its own when it runs
+            return Attachment(
+                device.name, device.index, None, problem=f"that release has no program {lacking}"
+            )
         except Refused as problem:
             return Attachment(device.name, device.index, None, problem=problem.reason)
 
