@@ -24,7 +24,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
-from loopback.cli import keyring, uploading
+from loopback.cli import connecting, keyring, uploading
 from loopback.cli.home import default_home as default_home
 from loopback.cli.home import home as home
 from loopback.cli.home import invocation
@@ -40,6 +40,7 @@ from loopback.trust.repository import write_durably
 RESULT_TIMEOUT_S: Final = (
     30.0  # covers the eight seconds that a NATS leader election may take, and a service's restart
 )
+CONNECT_S: Final = 30.0  # for all servers and attempts together
 COMMAND_VALIDITY: Final = timedelta(hours=1)
 FETCH_S: Final = 5.0  # one wait for messages; a rollout that soaks says nothing for much longer
 
@@ -294,7 +295,10 @@ def subjects_or_first(filters: Sequence[str]) -> str:
 
 @asynccontextmanager
 async def connect(context: Context | None = None) -> AsyncIterator[Session]:
-    """A session with the operator's credentials. Raises nats.errors.NoServersError where nobody listens."""
+    """A session with the operator's credentials.
+
+    Raises nats.errors.NoServersError where nobody listens, Refused(CONFIG_INVALID) where who does is not to be believed.
+    """
     context = context or load()
     if not context.creds.exists():
         raise Refused(
@@ -302,20 +306,23 @@ async def connect(context: Context | None = None) -> AsyncIterator[Session]:
         )
     read_identity(context.creds)  # says which file is no credentials file, where the client library would not
 
-    async def quiet(_: Exception) -> None:
-        """Errors reach the caller as exceptions; nats-py would print each a second time."""
-
-    nc = await nats.connect(
-        context.url,
-        user_credentials=str(context.creds),
-        name="loopback-cli",
-        inbox_prefix=subjects.inbox("operator").encode(),
-        connect_timeout=3,
-        max_reconnect_attempts=3,
-        allow_reconnect=True,
-        error_cb=quiet,
+    options: dict[str, Any] = {
+        "user_credentials": str(context.creds),
+        "name": "loopback-cli",
+        "inbox_prefix": subjects.inbox("operator").encode(),
+        "connect_timeout": 3,
+        "max_reconnect_attempts": 3,
         **tls.options(context.url, context.ca),
-    )
+    }
+    nc, said = nats.aio.client.Client(), list[str]()
+    try:
+        await connecting.connect(nc, context.url, options, seconds=CONNECT_S, said=said)
+    except TimeoutError:
+        raise Refused(
+            Code.CONFIG_INVALID,
+            f"no connection to {context.url} came about: {said[-1] if said else 'nobody answers'}",
+            "see url and ca in context.toml: the server's certificate must be of that authority, and name the address",
+        ) from None
     try:
         yield Session(context, nc)
     finally:

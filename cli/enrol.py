@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import os
 import re
@@ -20,7 +19,7 @@ import nats.errors
 import typer
 from nats.aio.client import Client
 
-from loopback.cli import context, fleetio, hostfolder, token
+from loopback.cli import connecting, context, fleetio, hostfolder, token
 from loopback.cli.token import Token
 from loopback.contracts import envelope, hostrecord, identity, subjects
 from loopback.contracts.codes import Code, Refused
@@ -378,13 +377,6 @@ async def _connect(given: Token, wait_s: float, said: list[str]) -> Client:
     Raises Refused(IDENTITY_TOKEN) where the server does not let it in: at once when the token is over by this machine's clock
     as well, else after `wait_s`, because a server that has just started may not know every account yet.
     """
-    over = asyncio.Event()
-
-    async def note(error: Exception) -> None:
-        said.append(str(error) or type(error).__name__)
-        if _turned_away(said) and _over(given):
-            over.set()
-
     options: dict[str, Any] = {
         **natsjwt.sign_in(lambda: given.jwt, given.key),
         "inbox_prefix": subjects.enrol_inbox(given.key.keyid),
@@ -392,7 +384,6 @@ async def _connect(given: Token, wait_s: float, said: list[str]) -> Client:
         "connect_timeout": int(CONNECT_S),
         "max_reconnect_attempts": max(1, int(wait_s / 2)),
         "reconnect_time_wait": 2 if wait_s > 4 else AGAIN_S,
-        "error_cb": note,
     }
     if given.ca or given.url.startswith("tls:"):
         try:
@@ -402,29 +393,24 @@ async def _connect(given: Token, wait_s: float, said: list[str]) -> Client:
                 Code.IDENTITY_TOKEN, f"the token's certificate authority does not read: {refused.reason}"
             ) from None
     nc = Client()
-    connecting = asyncio.ensure_future(nc.connect(given.url.split(","), **options))
-    ending = asyncio.ensure_future(over.wait())
     try:
-        await asyncio.wait(
-            {connecting, ending}, timeout=wait_s + CONNECT_S, return_when=asyncio.FIRST_COMPLETED
+        await connecting.connect(
+            nc,
+            given.url,
+            options,
+            seconds=wait_s + CONNECT_S,
+            said=said,
+            hopeless=lambda: _turned_away(said) and _over(given),
         )
-    finally:
-        for task in (ending, connecting):
-            task.cancel()
-        failed = (await asyncio.gather(connecting, ending, return_exceptions=True))[0]
-    if failed is None:
-        return nc
-    with contextlib.suppress(nats.errors.Error, OSError, AssertionError):
-        await nc.close()  # its socket would stay
-    if not isinstance(failed, nats.errors.Error | OSError | asyncio.CancelledError):
-        raise failed
-    if _turned_away([*said, str(failed)]):
-        raise _spent()
-    raise Refused(
-        Code.COMMAND_UNKNOWN,
-        f"no bus answers at {given.url}: {_last([str(failed), *said], failed)}",
-        "check the address and the network; the token is still good",
-    )
+    except (nats.errors.Error, OSError) as error:
+        if _turned_away([*said, str(error)]):
+            raise _spent() from None
+        raise Refused(
+            Code.COMMAND_UNKNOWN,
+            f"no bus answers at {given.url}: {_last([str(error), *said], error)}",
+            "check the address and the network; the token is still good",
+        ) from None
+    return nc
 
 
 def _over(given: Token) -> bool:

@@ -15,7 +15,9 @@ from typing import Any, Final, NamedTuple
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall.observing import FOLDER, Wish, name_of
 
-ANSWER_S: Final = 5.0  # the module looks twice a second
+ANSWER_S: Final = (
+    15.0  # the module looks twice a second, but not while it compiles a large policy on a busy machine
+)
 PIPE: Final = (
     1 << 20
 )  # bytes that wait for us, some 1500 packets: the most that a pipe has where nobody raised it

@@ -27,7 +27,7 @@ from loopback.services._runtime.settings import authority
 from loopback.trust import natsjwt, tls
 
 UPDATE: Final = "$SYS.REQ.CLAIMS.UPDATE"
-ANSWER_S: Final = 5.0  # until the first server has taken it
+ANSWER_S: Final = 15.0  # until the first server has taken it
 OTHERS_S: Final = 0.5  # and then for the others of a cluster; each answers for itself
 
 

@@ -30,7 +30,7 @@ from loopback.host.supervisor import Supervisor, stage
 from loopback.trust.blobs import Get
 from loopback.trust.repository import TrustedRepository
 
-READY_S: Final = 10.0  # for the watchdog to say that it watches
+READY_S: Final = 30.0  # for the watchdog to say that it watches
 
 log = logging.getLogger("loopback.host")
 

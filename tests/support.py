@@ -24,7 +24,7 @@ from loopback.services._runtime.settings import Settings
 from loopback.trust import natsjwt
 
 T = TypeVar("T")
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 async def eventually(check: Callable[[], T | Awaitable[T]], timeout: float = DEADLINE_S) -> T:

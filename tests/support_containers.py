@@ -25,7 +25,7 @@ from loopback.services._runtime.broker import server_program
 
 IMAGE = "loopback-nats:test"
 _ENGINES = itertools.count()
-READY_S = 20.0
+READY_S = 60.0
 
 
 class NoEngine(Exception):
@@ -134,7 +134,7 @@ def _import_image(found: Engine) -> None:
 def _stop(daemon: subprocess.Popen[bytes], folder: Path) -> None:
     daemon.terminate()
     try:
-        daemon.wait(15)
+        daemon.wait(60)
     except subprocess.TimeoutExpired:
         daemon.kill()
         daemon.wait()

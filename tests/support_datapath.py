@@ -54,7 +54,7 @@ HOST4, PEER4, OTHER4 = "10.77.0.1", "10.77.0.2", "10.77.0.3"
 HOST6, PEER6 = "fd77::1", "fd77::2"
 HOST_MAC, PEER_MAC = "02:77:00:00:00:01", "02:77:00:00:00:02"
 ETH_P_ALL = 3
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 _numbers = itertools.count(1)
 _objects: list[bytes] = []

@@ -26,7 +26,7 @@ class Process:
     def __init__(self, world: World, package: Path, **settings: Any) -> None:
         ours, theirs = socket.socketpair()
         self.socket = ours
-        self.socket.settimeout(30)
+        self.socket.settimeout(60)
         environment = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(package / "lib"),
@@ -105,7 +105,7 @@ class Process:
 
     def end(self) -> None:
         self.socket.close()
-        self.process.wait(20)
+        self.process.wait(60)
         assert self.process.stderr is not None
         self.process.stderr.close()
 
@@ -119,7 +119,8 @@ def running(world: World, package: Path, **settings: Any) -> Iterator[Process]:
         process.kill()  # harmless when it has ended
 
 
-def until(holds: Callable[[], bool], seconds: float = 20) -> None:
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.002)  # a waiter that spins takes a core from whom it waits for

@@ -41,7 +41,7 @@ class Enrolling:
 
     async def enrol(self, given: Token, out: Path, **options: Any) -> Path:
         """Take one."""
-        return await enrol.enrol(given, out, **{"wait_s": 10.0} | options)
+        return await enrol.enrol(given, out, **{"wait_s": 60.0} | options)
 
     async def put(self, host: str, key: SigningKey, workspace: str = "prod", **changes: Any) -> None:
         """Record a host by its key."""

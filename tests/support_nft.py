@@ -94,7 +94,7 @@ class NftJudge:
                 os.write(self._taps[device(packet.direction, packet.iface)], frame(packet, number))
             answers: dict[int, tuple[Action, int | None]] = {}
             while len(answers) < len(batch):
-                ready, _, _ = select.select([self._taps[OUT]], [], [], 10)
+                ready, _, _ = select.select([self._taps[OUT]], [], [], 60)
                 assert ready, f"nftables answered {len(answers)} of {len(batch)} packets"
                 data = os.read(self._taps[OUT], 2048)
                 rule = int.from_bytes(data[10:12])

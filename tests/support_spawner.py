@@ -190,13 +190,13 @@ class Probe:
                         return line[len(start) :].strip()
             raise AssertionError(text.decode())
 
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             return await asyncio.to_thread(read)
 
     async def found(self) -> dict[str, Any]:
         """What it tells, once it has ended."""
         answer: dict[str, Any] = json.loads(await self.line())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self.child.wait()
         return answer
 

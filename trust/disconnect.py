@@ -28,19 +28,19 @@ async def disconnect(nc: Client, within_s: float = WHOLE_S) -> bool:
     To be called from outside the client's own callbacks. Safe to repeat.
     """
     deadline = asyncio.get_running_loop().time() + within_s
-    whole = await _ended(nc._reconnection_task, deadline)
+    whole = await ended(nc._reconnection_task, deadline)
     closing = asyncio.create_task(_close(nc))
     try:
         await asyncio.wait({closing}, timeout=max(deadline - asyncio.get_running_loop().time(), AGAIN_S))
     finally:
         whole = whole and closing.done()
         # Apart from this task, whose cancellation close() would swallow; more than once for the same reason.
-        await _ended(closing, asyncio.get_running_loop().time() + AGAIN_S * REPEATS)
+        await ended(closing, asyncio.get_running_loop().time() + AGAIN_S * REPEATS)
     return whole
 
 
-async def _ended(task: asyncio.Task[None] | None, deadline: float) -> bool:
-    """Cancel it until it is done; whether it is, by then."""
+async def ended(task: asyncio.Task[None] | None, deadline: float) -> bool:
+    """Cancel it until it is done, which may take more than once; whether it is, by then (in the loop's time)."""
     if task is None or task is asyncio.current_task():
         return True
     while not task.done():

@@ -18,7 +18,7 @@ import msgspec
 
 from loopback.contracts.codes import Code, Refused
 
-READY_S: Final = 20.0
+READY_S: Final = 60.0
 STOP_S: Final = 15.0
 
 log = logging.getLogger(__name__)

@@ -41,7 +41,7 @@ async def test_a_flood_of_claims_with_one_token_keeps_nobody_else_waiting(
     key = SigningKey.generate()
     signed = hostrecord.claim_to(thief.invite, thief.host, thief.workspace, thief.key, key, datetime.now(UTC))
     request = msgspec.json.encode(Enrol(claim=signed, root=thief.root_version))
-    nc = await enrol._connect(thief, 5.0)
+    nc = await enrol._connect(thief, 60.0, [])
     try:
         for _ in range(FLOOD):
             await nc.publish(

@@ -217,7 +217,7 @@ async def test_a_claim_that_wants_its_answer_where_only_eligibility_may_write(
     if not defended:
         assert await eventually(landed)
     else:
-        answer = await nc.request(subjects.enrol(given.key.keyid), request, timeout=10)  # later, and answered
+        answer = await nc.request(subjects.enrol(given.key.keyid), request, timeout=60)  # later, and answered
         assert msgspec.json.decode(answer.data, type=Granted).jwt
         assert not await landed()
     await nc.close()
@@ -484,7 +484,7 @@ async def test_a_cloned_host_obeys_nothing_that_was_made_for_the_original(
         await eventually(lambda: hasattr(clone, "link") and clone.link.connected)
         await world.publish(world.signers.sealed(document))
         if not defended:
-            await eventually(lambda: clone.states.get("tiny") and clone.states["tiny"].promoted == second, 40)
+            await eventually(lambda: clone.states.get("tiny") and clone.states["tiny"].promoted == second)
             assert clone.state.incarnation == original
         else:
             await eventually(

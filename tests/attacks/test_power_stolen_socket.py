@@ -113,8 +113,8 @@ async def test_a_frame_that_makes_no_sense_ends_neither_the_spawner_nor_a_module
     disk = Victim(tmp_path)
     async with disk.running(NOTHING_CAUGHT) as (client, probe):
         client.sock.send(GARBAGE[shape])
-        await asyncio.wait_for(client.lost.wait(), 20)
-        assert await asyncio.wait_for(probe.child.wait(), 20) != 0, "nothing is enforced any more"
+        await asyncio.wait_for(client.lost.wait(), 60)
+        assert await asyncio.wait_for(probe.child.wait(), 60) != 0, "nothing is enforced any more"
     async with disk.running() as (client, probe):
         for _ in range(20):
             await asyncio.get_running_loop().sock_sendall(client.sock, GARBAGE[shape])
@@ -138,7 +138,7 @@ async def test_a_spawner_that_takes_nothing_for_a_while_loses_no_request(tmp_pat
         finally:
             os.kill(client.pid, signal.SIGCONT)
         assert await asked
-        assert await asyncio.wait_for(probe.child.wait(), 20) != 0, "its end was asked for, too"
+        assert await asyncio.wait_for(probe.child.wait(), 60) != 0, "its end was asked for, too"
         assert not client.lost.is_set()
     client.prepare()  # when it is gone, that is no error
 

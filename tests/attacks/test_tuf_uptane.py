@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import itertools
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -112,40 +112,37 @@ async def test_slow_retrieval_over_the_bus(
             async with asyncio.timeout(1.5):
                 await attack(victims())
     deadline(monkeypatch, 0.3)  # seconds instead of the minutes that a host gives a package
-    began = time.monotonic()
     with pytest.raises(Refused, match="did not arrive within 0 s") as caught:
-        await attack(victims())
+        async with asyncio.timeout(60):
+            await attack(victims())
     assert caught.value.code == Code.BLOB_MISSING
-    assert time.monotonic() - began < 1.4
+
+
+FILE = 1_000_000  # bytes, at 50 a second
 
 
 def test_slow_retrieval_over_http() -> None:
     """A byte every now and then: each read of an ordinary client is in time, and there is no last one."""
     with dripping() as url:
         place = urlsplit(url)
-        connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=0.3)
+        connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=60)
         connection.request("GET", "/file")
         answer = connection.getresponse()
-        began, got = time.monotonic(), 0
-        while time.monotonic() - began < 1.0:
+        got = 0
+        while got <= 10:
             got += len(answer.read1(1024))
-        assert got > 10, "after three times its timeout the ordinary client is still reading"
+        assert got < FILE, "the ordinary client never misses a read, and reads for hours"
         answer.close()
         connection.close()
         endless = trust_http.fetcher(url, answer_s=1e9)("file")
         assert endless is not None
-        began, got = time.monotonic(), 0
-        for piece in endless:
-            got += len(piece)
-            if time.monotonic() - began > 1.0:
-                break
-        assert got > 10, "and so is ours without its deadline"
+        assert sum(len(piece) for piece in itertools.islice(endless, 10)) < FILE, (
+            "as does ours without its deadline"
+        )
         pieces = trust_http.fetcher(url, answer_s=0.3)("file")
         assert pieces is not None
-        began = time.monotonic()
         with pytest.raises(TimeoutError, match="did not answer in time"):
             b"".join(pieces)
-        assert time.monotonic() - began < 0.9
 
 
 @contextmanager
@@ -156,7 +153,7 @@ def dripping() -> Iterator[str]:
     def serve(connection: socket.socket) -> None:
         with connection, suppress(OSError):
             connection.recv(4096)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % FILE)
             while not stop.wait(0.02):
                 connection.sendall(b"x")
 

@@ -164,9 +164,7 @@ async def test_a_real_host_that_was_wiped_takes_no_replay_and_goes_on_when_it_is
         await world.bus.publish(
             Outgoing(subjects.desired("prod", world.host), msgspec.json.encode(replay), {})
         )
-        await eventually(
-            lambda: agent.refusal is not None and agent.refusal.code == Code.HOST_INCARNATION, timeout=20
-        )
+        await eventually(lambda: agent.refusal is not None and agent.refusal.code == Code.HOST_INCARNATION)
         assert agent.states == {}
         entry = world.signers.entry(newer, 3, rollout="r3")
         document = world.signers.desired(world.host, world.record, entry, incarnation=agent.state.incarnation)

@@ -98,12 +98,12 @@ async def test_a_worker_that_vanishes_leaves_its_message_to_another(any_broker: 
 
     await report(admin, 1)
     gone = asyncio.ensure_future(worker(first, hang))
-    await asyncio.wait_for(taken.wait(), 10)
+    await asyncio.wait_for(taken.wait(), 60)
     first.nc._transport.close()  # its connection breaks, as when its machine does
     first.nc._max_reconnect = 0
     await first.close()
     async with background(worker(second, finish)):
-        await eventually(lambda: finished, timeout=15)
+        await eventually(lambda: finished)
     gone.cancel()
     await asyncio.gather(gone, return_exceptions=True)
     assert finished == [2]
@@ -142,7 +142,7 @@ async def test_a_worker_told_to_stop_finishes_what_it_handles(any_broker: Place)
 
     await report(admin, 1)
     work = asyncio.ensure_future(worker(await any_broker.bus("activation"), handle))
-    await asyncio.wait_for(started.wait(), 10)
+    await asyncio.wait_for(started.wait(), 60)
     work.cancel()
     asyncio.get_running_loop().call_soon(release.set)
     await asyncio.gather(work, return_exceptions=True)

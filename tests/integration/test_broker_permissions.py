@@ -182,7 +182,7 @@ async def test_a_host_reads_its_desired_state_content_and_metadata(place: Place)
     }
     for question, subject in wanted.items():
         await admin.publish(Outgoing(subject, subject.encode()))
-        answer = await host.nc.request(question, b"", timeout=5)
+        answer = await host.nc.request(question, b"", timeout=60)
         assert answer.data == subject.encode()
         assert answer.headers["Nats-Subject"] == subject
 
@@ -303,7 +303,7 @@ async def _work(bus: Bus, stream: str, filters: list[str]) -> None:
 
     task = asyncio.ensure_future(bus.consume(stream, durable, filters, handle))
     try:
-        await asyncio.wait_for(handled.wait(), 10)
+        await asyncio.wait_for(handled.wait(), 60)
 
         async def acknowledged() -> bool:
             info = await bus.api(f"CONSUMER.INFO.{stream}.{durable}")
@@ -328,7 +328,7 @@ async def test_a_service_works_on_its_own_commands(place: Place, service: str) -
         bus.consume("LB_CMD", f"{service}-commands", [subjects.commands_for(service)], handle)
     )
     try:
-        assert await asyncio.wait_for(got.get(), 10) == b"signed"
+        assert await asyncio.wait_for(got.get(), 60) == b"signed"
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -349,7 +349,7 @@ async def test_a_decision_stream_lets_nobody_delete_a_single_message(place: Plac
     admin = await place.bus("admin")
     await admin.publish(Outgoing("lb.ws.prod.rollout.r.created", b"link"))
     answer = json.loads(
-        (await admin.nc.request("$JS.API.STREAM.MSG.DELETE.LB_WS_prod", b'{"seq": 1}', timeout=5)).data
+        (await admin.nc.request("$JS.API.STREAM.MSG.DELETE.LB_WS_prod", b'{"seq": 1}', timeout=60)).data
     )
     assert answer["error"]["code"] == 500
     assert await admin.last(STREAM, "lb.ws.prod.rollout.r.created")

@@ -105,7 +105,7 @@ def service(place: Bare, name: str, log: Path) -> Iterator[subprocess.Popen[byte
             yield process
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(60)
 
 
 async def ready(place: Bare, name: str) -> tuple[int, str]:

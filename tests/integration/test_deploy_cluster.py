@@ -83,7 +83,7 @@ class Cluster:
     def end(self, name: str) -> None:
         process = self.processes.pop(name)
         process.kill()
-        process.wait(20)
+        process.wait(60)
 
     def log(self, name: str) -> str:
         return (self.place / name / "log").read_text()
@@ -126,7 +126,7 @@ async def test_three_servers_serve_a_stream_of_three_and_lose_nothing_with_one_o
             return True
         return False
 
-    await eventually(made, 40)
+    await eventually(made)
     for number in range(20):
         await bus.js.publish("t.x", b"%d" % number)
 
@@ -136,7 +136,7 @@ async def test_three_servers_serve_a_stream_of_three_and_lose_nothing_with_one_o
         whole = len(found.replicas) == 2 and all(peer.current for peer in found.replicas)
         return (found.leader or "") if whole else ""
 
-    leader = await eventually(current, 30)
+    leader = await eventually(current)
     cluster.end(leader)
 
     async def goes_on() -> bool:
@@ -144,7 +144,7 @@ async def test_three_servers_serve_a_stream_of_three_and_lose_nothing_with_one_o
             return (await bus.js.publish("t.y", b"after", timeout=2)).seq > 20
         return False
 
-    await eventually(goes_on, 40)
+    await eventually(goes_on)
     info = await bus.js.stream_info("T")
     assert info.state.messages >= 21 and info.state.first_seq == 1
 
@@ -169,8 +169,8 @@ async def test_a_server_of_another_authority_joins_nothing(
     cluster.install("nats-3", other)
     for name in NAMES:
         cluster.start(name)
-    await eventually(lambda: "Route connection created" in cluster.log("nats-1") + cluster.log("nats-2"), 30)
-    await eventually(lambda: "TLS route handshake error" in cluster.log("nats-3"), 30)
+    await eventually(lambda: "Route connection created" in cluster.log("nats-1") + cluster.log("nats-2"))
+    await eventually(lambda: "TLS route handshake error" in cluster.log("nats-3"))
 
     def it_first(servers: list[str]) -> None:
         servers.sort(key=lambda url: not url.endswith(f":{cluster.clients['nats-3']}"))
@@ -186,11 +186,11 @@ async def test_a_server_of_another_authority_joins_nothing(
 
 async def test_a_route_in_the_clear_is_not_taken(cluster: Cluster) -> None:
     cluster.start("nats-1")
-    await eventually(lambda: "Server is ready" in cluster.log("nats-1"), 20)
+    await eventually(lambda: "Server is ready" in cluster.log("nats-1"))
     reader, writer = await asyncio.open_connection("127.0.0.1", cluster.routes["nats-1"])
     try:
         writer.write(b'CONNECT {"name":"intruder"}\r\nPING\r\n')
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             said = await reader.read()
         assert b"PONG" not in said
     finally:

@@ -193,4 +193,4 @@ def joins(home: Path, folder: Path) -> None:
             assert time.monotonic() < deadline, f"{shown} {(folder / 'log').read_text()}"
     finally:
         agent.terminate()
-        agent.wait(30)
+        agent.wait(60)

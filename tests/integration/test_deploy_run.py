@@ -55,7 +55,7 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(60)
 
 
 def owned(folder: Path) -> Path:
@@ -120,7 +120,7 @@ async def test_a_service_works_as_its_unit_confines_it(
             return False
 
         try:
-            await eventually(lambda: asyncio.to_thread(ready), 40)
+            await eventually(lambda: asyncio.to_thread(ready))
         except AssertionError:
             raise AssertionError(log.read_text()) from None
         held = status(process.pid)
@@ -167,9 +167,9 @@ async def test_the_broker_works_as_its_unit_confines_it(ground: Path) -> None:
     )
     log = ground / "log"
     with running(unit.command(argv, [state], ground), log) as process:
-        await eventually(lambda: "Server is ready" in log.read_text(), 20)
+        await eventually(lambda: "Server is ready" in log.read_text())
         reader, writer = await asyncio.open_connection("127.0.0.1", ports[0])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert json.loads((await reader.readline()).removeprefix(b"INFO "))["tls_required"]
         writer.close()
         held = status(process.pid)
@@ -249,6 +249,6 @@ def test_the_agent_enforces_a_firewall_as_its_unit_confines_it(tmp_path: Path) -
             assert status(process.pid)["CapEff"].strip("0") == ""
             assert int(status(module)["CapEff"], 16) == 1 << 12 | 1 << 38 | 1 << 39
         finally:
-            said = process.communicate(timeout=30)
+            said = process.communicate(timeout=60)
         assert process.returncode == 0, said
         assert not world.arriving(to_host(UDP(dport=9)))[0], "and goes on when agent and module have ended"

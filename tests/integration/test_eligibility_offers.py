@@ -43,7 +43,7 @@ from loopback.services.eligibility.moves import Moves
 from loopback.services.eligibility.store import Fleet, Source
 
 pytestmark = pytest.mark.broker
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class FixedTrust:

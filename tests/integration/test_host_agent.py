@@ -183,7 +183,7 @@ async def test_a_restart_without_a_broker_runs_what_was_promoted(world: World) -
             module = (await world.statuses())[-1].modules[0]
             return module.adopted and module.health == "ok" and module.promoted == target
 
-        await eventually(told, 40.0)
+        await eventually(told)
 
 
 async def test_a_host_that_was_away_reads_what_it_missed(world: World) -> None:

@@ -161,7 +161,7 @@ def answered_as(uid: int, folder: Path) -> str:
         "os.setresgid(uid, uid, uid)\n"
         "os.setresuid(uid, uid, uid)\n"
         "s = socket.socket(socket.AF_UNIX)\n"
-        "s.settimeout(10)\n"
+        "s.settimeout(60)\n"
         's.connect(f"/proc/self/fd/{folder}/agent.sock")\n'
         'data = b\'{"type":"status"}\'\n'
         "try:\n"
@@ -192,7 +192,7 @@ async def test_what_is_no_request_or_comes_in_a_crowd_costs_nothing(world: World
             b'\0\0\0\x11{"type":"reboot"}',
         ):
             with control._short(world.config.state_dir) as path, socket.socket(socket.AF_UNIX) as sock:
-                sock.settimeout(10)
+                sock.settimeout(60)
                 await asyncio.to_thread(sock.connect, path)
                 sock.sendall(data)
                 sock.shutdown(socket.SHUT_WR)
@@ -252,7 +252,7 @@ async def test_the_command_asks_the_process_that_loopback_host_run_started(
         return code == 0 and json.loads(out)["trust"] > 0
 
     try:
-        await eventually(trusted, timeout=40)
+        await eventually(trusted)
         code, out, _ = await ctl("stacks")
         assert (code, "_reconcile_all" in out) == (0, True)
         code, out, err = await ctl("module-log", "none")

@@ -39,7 +39,7 @@ def agent(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
 
 
 def state(world: World) -> ModuleState:
@@ -91,7 +91,7 @@ async def test_an_agent_killed_on_trial_comes_back_to_what_was_promoted(world: W
         await eventually(lambda: state(world).step == "watch-trial")
         assert kernel(world)["policy"] == new.policy
         process.kill()
-        process.wait(10)
+        process.wait(60)
     with agent(tmp_path):
         found = await world.reached(generation)
         assert (found.phase, found.promoted) == (Phase.UNCONFIRMED, old)
@@ -109,7 +109,7 @@ async def test_a_module_that_hangs_does_not_hold_up_the_end_of_the_agent(
         await world.reached(await world.desire(target))
         pid, start = process_of(world)
         process.terminate()
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
         assert proc.started_at(pid) != start
 
 
@@ -122,7 +122,7 @@ async def test_a_stopped_leftover_of_a_killed_agent_is_ended_by_the_next(
         pid, start = process_of(world)
         os.kill(pid, signal.SIGSTOP)  # it cannot notice that its agent is gone
         process.kill()
-        process.wait(10)
+        process.wait(60)
         assert proc.started_at(pid) == start
     with agent(tmp_path):
         await eventually(lambda: proc.started_at(pid) != start)

@@ -320,8 +320,8 @@ time.sleep(600)
         await probe.line()
         began = proc.started_at(probe.pid)
         client.sock.shutdown(2)  # as the kernel does it for a killed agent
-        await eventually(lambda: proc.started_at(probe.pid) != began, 15)
-        await eventually(lambda: proc.started_at(client.pid) == 0, 15)
+        await eventually(lambda: proc.started_at(probe.pid) != began)
+        await eventually(lambda: proc.started_at(client.pid) == 0)
         probe.close()
 
 
@@ -332,7 +332,7 @@ async def test_a_killed_spawner_takes_its_modules_with_it_and_the_agent_knows(tm
         await probe.line()
         began = proc.started_at(probe.pid)
         os.kill(client.pid, signal.SIGKILL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await client.lost.wait()
             await probe.child.wait()
         await eventually(lambda: proc.started_at(probe.pid) != began)
@@ -421,10 +421,10 @@ async def test_agent_spawner_module_and_watchdog_of_a_real_host(broker: Place, t
         agent = subprocess.Popen(command, stderr=log)  # noqa: ASYNC220  it only starts
     try:
         generation = await world.desire(target, start={"trial_s": 4.0})
-        await eventually(lambda: {"spawner", "watchdog"} <= set(family(agent.pid)), 30)
+        await eventually(lambda: {"spawner", "watchdog"} <= set(family(agent.pid)))
         processes = family(agent.pid)
         spawner = processes["spawner"]
-        (module,) = await eventually(lambda: [p for p in children(spawner) if "tiny" in words(p)], 30)
+        (module,) = await eventually(lambda: [p for p in children(spawner) if "tiny" in words(p)])
         nothing = f"{0:016x}"
         for pid in (agent.pid, processes["watchdog"]):
             held = status(pid)
@@ -445,7 +445,7 @@ async def test_agent_spawner_module_and_watchdog_of_a_real_host(broker: Place, t
         assert {"seccomp", "landlock"} <= set((await inventories(world))[-1].features)
     finally:
         agent.terminate()
-        agent.wait(20)
+        agent.wait(60)
     await eventually(lambda: not proc.started_at(spawner) and not proc.started_at(module))
 
 

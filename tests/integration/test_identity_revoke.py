@@ -130,7 +130,7 @@ async def test_without_a_server_it_holds_from_the_next_start_on(tmp_path: Path) 
         identity = place.host("prod", "web-1")
         url = place.url
         await place.kill()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await revoke.revoke(place.home, url, key(place, identity)) == 0
         await place.start()
         assert not await lets_in(place, identity)
@@ -228,7 +228,7 @@ async def test_every_server_of_a_cluster_is_told(tmp_path: Path) -> None:
 
         began = time.monotonic()
         await eventually(all_told)
-        await asyncio.wait_for(one.cut.wait(), 5)
+        await asyncio.wait_for(one.cut.wait(), 60)
         print(f"\ncut off at the other server after {(one.at - began) * 1000:.1f} ms")
         for place.url in urls:
             assert not await lets_in(place, identity)

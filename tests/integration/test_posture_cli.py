@@ -66,7 +66,7 @@ async def test_a_mixed_fleet_is_told_apart_host_by_host(prod: Installation) -> N
     await prod("rollout", "start", selected, "--watch")
     failed = prod.rollout_file("r3", "1.2", hosts=("web-1",))
     await prod("rollout", "start", failed, "--watch", code=3)
-    await eventually(lambda: _lost(prod, "web-3"), 30.0)
+    await eventually(lambda: _lost(prod, "web-3"))
     found = await posture(prod)
 
     (tiny,) = found.modules

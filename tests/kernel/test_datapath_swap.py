@@ -60,10 +60,11 @@ def world() -> Iterator[World]:
         yield made
 
 
-def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.002)  # a waiter that spins takes a core from whom it waits for
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def test_a_rule_for_a_bridge_holds_though_its_port_let_the_packet_in(world: Worl
         server.setblocking(False)
         other = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         other.bind((HOST4, 4243))
-        other.settimeout(10)
+        other.settimeout(60)
     with inside(world.peer):
         client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with server, other, client:
@@ -148,9 +148,9 @@ def test_a_forged_reset_does_not_shorten_a_connections_life(world: World) -> Non
         with inside(world.host):
             server = stack.enter_context(socket.create_server((HOST4, 8080)))
         with inside(world.peer):
-            client = stack.enter_context(socket.create_connection((HOST4, 8080), 10))
+            client = stack.enter_context(socket.create_connection((HOST4, 8080), 60))
         accepted = stack.enter_context(server.accept()[0])
-        accepted.settimeout(10)
+        accepted.settimeout(60)
         ours = client.getsockname()[1]
         assert stages() == ["open"]
         assert world.arriving(to_host(TCP(sport=ours, dport=8080, flags="R", seq=7))) == [True]

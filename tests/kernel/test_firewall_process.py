@@ -197,7 +197,7 @@ def test_removed_it_leaves_nothing(world: World, packages: dict[str, Path]) -> N
     with running(world, packages["1.0.0"]) as module:
         module.enforce(DROP)
         module.done(abi.Stop(remove=True))
-        assert module.process.wait(20) == 0
+        assert module.process.wait(60) == 0
     assert passes(world)
     assert not world.root.exists()
     with inside(world.host):
@@ -392,9 +392,9 @@ def test_a_change_that_cuts_the_agent_or_an_operator_is_refused_and_a_restoratio
         with inside(world.host):
             listening = stack.enter_context(socket.create_server((HOST4, 22)))
         with inside(world.peer):
-            operator = stack.enter_context(socket.create_connection((HOST4, 22), 10))
+            operator = stack.enter_context(socket.create_connection((HOST4, 22), 60))
         session = stack.enter_context(listening.accept()[0])
-        session.settimeout(10)
+        session.settimeout(60)
         answer = module.ask(abi.Stage(digest=digest, serial=2, content=DROP, control=[]))
         assert isinstance(answer, abi.Failed) and answer.code == Code.POLICY_TEST_FAILED, answer
         assert "a session at port 22 would end" in answer.reason

@@ -40,9 +40,9 @@ def connection(
         with inside(server):
             listening = stack.enter_context(socket.create_server((address, port), family=family))
         with inside(client):
-            began = stack.enter_context(socket.create_connection((address, port), 10))
+            began = stack.enter_context(socket.create_connection((address, port), 60))
         took = stack.enter_context(listening.accept()[0])
-        took.settimeout(10)
+        took.settimeout(60)
         yield began, took
 
 

@@ -135,7 +135,7 @@ def test_watched_figures_grow_until_the_firewall_goes(world: World, package: Pat
         assert command.process.stdout is not None
         assert json.loads(command.process.stdout.readline())["rules"][0]["packets"] == 0
         udp(world, 9)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while json.loads(command.process.stdout.readline())["rules"][0]["packets"] < 1:
             assert time.monotonic() < end
         module.done(abi.Stop(remove=True))

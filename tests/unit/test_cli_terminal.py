@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-READ_S = 30.0
+READ_S = 60.0
 
 
 def at_terminal(code: str, keys: bytes) -> tuple[int, str]:

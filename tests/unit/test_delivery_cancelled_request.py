@@ -25,7 +25,7 @@ class Client:
 
     async def request(self, *_: object, **__: object) -> Any:
         self.asked.set()
-        return await asyncio.wait_for(self.answer, 10)
+        return await asyncio.wait_for(self.answer, 60)
 
 
 class Answer:

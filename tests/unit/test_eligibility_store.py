@@ -154,7 +154,7 @@ async def test_catching_up_waits_for_what_the_leader_already_has():
         await asyncio.wait({waiting}, timeout=0.02)
         assert not waiting.done()
         fleet.fold(*host(sequence=sequence))
-    await asyncio.wait_for(waiting, 5)
-    await asyncio.wait_for(fleet.caught_up(leader, Source.RECORDS), 5)
+    await asyncio.wait_for(waiting, 60)
+    await asyncio.wait_for(fleet.caught_up(leader, Source.RECORDS), 60)
     leader.newest = None
-    await asyncio.wait_for(fleet.caught_up(leader, Source.RELEASES), 5)
+    await asyncio.wait_for(fleet.caught_up(leader, Source.RELEASES), 60)

@@ -20,7 +20,7 @@ def connected(
     address: str, family: socket.AddressFamily
 ) -> tuple[socket.socket, socket.socket, socket.socket]:
     listening = socket.create_server((address, 0), family=family)
-    client = socket.create_connection(listening.getsockname()[:2], 10)
+    client = socket.create_connection(listening.getsockname()[:2], 60)
     return listening, client, listening.accept()[0]
 
 
@@ -46,7 +46,7 @@ def test_a_session_is_found_by_the_port_it_came_to_and_only_while_it_lasts(
 def test_an_ipv4_session_of_a_socket_of_both_families_is_ipv4() -> None:
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listening:
         port = listening.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port), 10) as client, listening.accept()[0] as server:
+        with socket.create_connection(("127.0.0.1", port), 60) as client, listening.accept()[0] as server:
             (found,) = live.sessions([port])
             assert found == Connection(
                 local="127.0.0.1", local_port=port, remote="127.0.0.1", remote_port=client.getsockname()[1]

@@ -351,7 +351,7 @@ def test_the_watchdog_ends_exactly_the_process_on_trial_and_undoes_it_once(on_tr
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
         on_trial.change(lambda s: transitions.trial_process(s, process.pid, proc.started_at(process.pid)))
         assert watchdog.undo_trial(on_trial, 2)
-        assert process.wait(10) == -9
+        assert process.wait(60) == -9
     state = on_trial.read()
     assert (state.phase, state.promoted, state.trial) == (Phase.UNCONFIRMED, OLD, None)
     assert not watchdog.undo_trial(on_trial, 2)

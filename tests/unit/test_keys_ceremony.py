@@ -121,11 +121,12 @@ def test_show_says_of_every_key_whether_it_is_encrypted_and_names_it_by_the_id_t
     assert "PRIVATE" not in text
 
 
-def test_what_up_makes_by_itself_is_unencrypted_and_said_to_be(tmp_path: Path, run: Run) -> None:
+def test_what_up_makes_by_itself_is_unencrypted_and_said_to_be(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = tmp_path / "home"
-    began = time.monotonic()
+    monkeypatch.delattr(pem, "encrypted")  # no key derivation: 'loopback up' starts as quickly as ever
     assert supervise.prepare(home, "127.0.0.1:4222")
-    assert time.monotonic() - began < 5  # no key derivation: 'loopback up' starts as quickly as ever
     assert not KeyFile.read(keys.offline_key(home, "root")).encrypted
     shown = json.loads(run(home, "keys", "show", "--json")[1])
     assert shown["unencrypted"] is True
@@ -388,7 +389,7 @@ def test_on_a_real_terminal_the_passphrase_is_asked_for_twice_and_never_shown(tm
         seen += read_until(screen, "again: ")
         os.write(screen, f"{PASSPHRASE}\n".encode())
         seen += read_until(screen, "loopback up")
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     assert PASSPHRASE not in seen
     assert plain_keys(home) == ONLINE
     SigningKey.load(keys.offline_key(home, "root"), PASSPHRASE.encode())

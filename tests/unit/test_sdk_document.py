@@ -33,7 +33,7 @@ async def test_the_module_of_the_page_lives_a_whole_life(tmp_path: Path) -> None
         cwd=tmp_path,
         log=tmp_path / "log",
     )
-    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         module = await ModuleProcess.start(launch, group)
         await module.request(abi.Configure(host="h", workspace="w", state_dir=str(tmp_path)))
         done = await module.request(abi.Stage(digest="d", serial=1, content=b'{"to": "world"}'))

@@ -72,7 +72,7 @@ async def served(module: Module) -> AsyncIterator[tuple[Agent, asyncio.Task[None
     for end in (ours, theirs):
         end.setblocking(False)
     reader, writer = await asyncio.open_connection(sock=ours)
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         task = group.create_task(serve(module, theirs))
         try:
             yield Agent(reader, writer), task
