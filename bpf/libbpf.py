@@ -6,11 +6,12 @@ Refused: KERNEL_UNSUPPORTED where it lacks something or permission is missing, K
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as ct
 import errno
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from loopback.contracts.codes import Code, Refused
@@ -24,6 +25,7 @@ BPF_XDP: Final = 37
 BPF_F_SLEEPABLE, BPF_F_XDP_HAS_FRAGS = 1 << 4, 1 << 5
 
 _lib: Any = None
+_quick: Any = None
 
 
 class _Lines(threading.local):
@@ -61,8 +63,30 @@ def library() -> Any:
     global _lib
     if _lib is not None:
         return _lib
+    lib = _bound(ct.CDLL)
+    lib.libbpf_set_print(ct.cast(_collect, ct.c_void_p))
+    for section, (kind, attach, flags) in _SECTIONS.items():
+        handler = _Handler(sz=ct.sizeof(_Handler), cookie=flags, prepare_load=ct.cast(_prepare, ct.c_void_p))
+        if (made := lib.libbpf_register_prog_handler(section, kind, attach, ct.byref(handler))) < 0:
+            raise Refused(Code.KERNEL_UNSUPPORTED, f"libbpf takes no handler: {os.strerror(-made)}")
+    _lib = lib
+    return lib
+
+
+def quick() -> Any:
+    """The same for calls that return at once: the interpreter is not let go for them, which in a busy process costs more than
+    they do. Raises Refused(KERNEL_UNSUPPORTED) without it.
+    """
+    global _quick
+    if _quick is None:
+        library()
+        _quick = _bound(ct.PyDLL)
+    return _quick
+
+
+def _bound(kind: type[ct.CDLL]) -> Any:
     try:
-        lib = ct.CDLL("libbpf.so.1", use_errno=True)
+        lib = kind("libbpf.so.1", use_errno=True)
     except OSError as error:
         raise Refused(
             Code.KERNEL_UNSUPPORTED, f"libbpf cannot be reached: {error}", "install libbpf1"
@@ -75,15 +99,21 @@ def library() -> Any:
     for name in ("bpf_map__name", "bpf_program__name"):
         getattr(lib, name).restype = ct.c_char_p
         getattr(lib, name).argtypes = [ct.c_void_p]
+    lib.bpf_program__insn_cnt.restype = ct.c_size_t
     lib.libbpf_set_print.argtypes = [ct.c_void_p]
     lib.libbpf_set_print.restype = ct.c_void_p
-    lib.libbpf_set_print(ct.cast(_collect, ct.c_void_p))
-    for section, (kind, attach, flags) in _SECTIONS.items():
-        handler = _Handler(sz=ct.sizeof(_Handler), cookie=flags, prepare_load=ct.cast(_prepare, ct.c_void_p))
-        if (made := lib.libbpf_register_prog_handler(section, kind, attach, ct.byref(handler))) < 0:
-            raise Refused(Code.KERNEL_UNSUPPORTED, f"libbpf takes no handler: {os.strerror(-made)}")
-    _lib = lib
     return lib
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Have libbpf say nothing meanwhile: it says thousands of lines at a load, each of which waits for the interpreter."""
+    lib = library()
+    lib.libbpf_set_print(None)
+    try:
+        yield
+    finally:
+        lib.libbpf_set_print(ct.cast(_collect, ct.c_void_p))
 
 
 class _Handler(ct.Structure):
@@ -122,8 +152,8 @@ def _before_load(program: int, options: Any, flags: int) -> int:
     # Its own call for that, bpf_map__reuse_fd, opens "/" in libbpf 1.1, which a confined module may not.
     options.contents.flags |= flags
     for name, there in taken.maps.items():
-        found = library().bpf_object__find_map_by_name(taken.whole, name.encode())
-        if found and libc.dup3(there.fd, library().bpf_map__fd(ct.c_void_p(found)), os.O_CLOEXEC) < 0:
+        found = quick().bpf_object__find_map_by_name(taken.whole, name.encode())
+        if found and _libc.dup3(there.fd, quick().bpf_map__fd(ct.c_void_p(found)), os.O_CLOEXEC) < 0:
             return -ct.get_errno()
     return 0
 
@@ -132,6 +162,7 @@ _prepare = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.POINTER(LoadOptions), ct.c_lon
 
 
 libc = ct.CDLL(None, use_errno=True)
+_libc = ct.PyDLL(None, use_errno=True)  # as with quick()
 
 
 def _collect_line(level: int, form: bytes, arguments: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from loopback.bpf.libbpf import check, library
+from loopback.bpf.libbpf import check, library, quick
 from loopback.contracts.codes import Code, Refused
 
 BPF_F_RDONLY: Final = 1 << 3  # linux/bpf.h
@@ -44,7 +44,7 @@ class Map:
         self.fd = fd
         info = _MapInfo()
         length = ct.c_uint32(ct.sizeof(info))
-        check(library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(length)), "reading a map")
+        check(quick().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(length)), "reading a map")
         self.id: int = info.id
         self.key_size: int = info.key_size
         self.value_size: int = info.value_size
@@ -217,7 +217,7 @@ class Program:
         self.fd = fd
         info = _ProgramInfo()
         length = ct.c_uint32(ct.sizeof(info))
-        check(library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(length)), "reading a program")
+        check(quick().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(length)), "reading a program")
         self.id: int = info.id
         self.tag = bytes(info.tag).hex()
         self.verified: int = info.verified

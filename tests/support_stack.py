@@ -62,9 +62,8 @@ def _leads(one: _Instruction) -> bool:
 def _linked(data: bytes, name: str) -> list[_Instruction]:
     lib = libbpf.library()
     lib.bpf_program__insns.restype = ct.c_void_p
-    lib.bpf_program__insn_cnt.restype = ct.c_size_t
     with loader.opened(data) as whole:
-        loader.programs_wanted(whole, name)
+        loader.programs_wanted(whole, (name,))
         libbpf.check(lib.bpf_object__load(whole), "loading the object")
         program = ct.c_void_p(lib.bpf_object__find_program_by_name(whole, name.encode()))
         raw = ct.string_at(lib.bpf_program__insns(program), lib.bpf_program__insn_cnt(program) * 8)

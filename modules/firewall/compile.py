@@ -55,6 +55,8 @@ def assign(
             f"{len(names)} rules are more than the {capacity} counters",
             "join rules that differ only in their addresses into one with a set",
         )
+    if not known:
+        return {name: slot for slot, name in enumerate(dict.fromkeys(names))}
     wanted = set(names)
     kept = dict(known)
     surplus = len(kept.keys() | wanted) - capacity
@@ -72,15 +74,16 @@ class Memory:
         self.rules: dict[int, Made] = {}  # by the rule's id; the rule is held, so that no other can get it
         self.sets: KnownSets = {}
         self.tables: KnownTables = {}
+        #: A policy that was compiled before anybody asked, for these identities; whatever is compiled next takes it away.
+        self.foreseen: tuple[FirewallPolicy, dict[str, int], Compiled] | None = None
 
 
 def foresee(policy: FirewallPolicy, memory: Memory) -> None:
     """Compile a firewall's first policy for `memory` alone; what is wrong with it is told when it is compiled in earnest."""
     names = [rule.name for rule in policy.rules]
     with contextlib.suppress(Refused):
-        compile_policy(
-            policy, assign({}, names, layout.counters_for(len(names))), memory=memory, room=layout.MAX_HALF
-        )
+        identities = assign({}, names, layout.counters_for(len(names)))
+        memory.foreseen = policy, identities, compile_policy(policy, identities, memory=memory)
 
 
 def compile_policy(
@@ -94,8 +97,18 @@ def compile_policy(
 
     `room` is the size of a slot in bytes. Raises Refused(POLICY_INVALID) naming rule and field.
     """
+    memory = memory or Memory()
+    foreseen, memory.foreseen = memory.foreseen, None
+    if foreseen and foreseen[0] is policy and foreseen[1] == identities and len(foreseen[2].slot) <= room:
+        return _named(foreseen[2], digest)
     with no_collection():
-        return _compiled(policy, identities, digest, memory or Memory(), room)
+        return _compiled(policy, identities, digest, memory, room)
+
+
+def _named(compiled: Compiled, digest: bytes) -> Compiled:
+    """The same by the name of another digest."""
+    at, slot = layout.Slot.digest.offset, compiled.slot
+    return msgspec.structs.replace(compiled, slot=slot[:at] + digest + slot[at + len(digest) :])
 
 
 def _compiled(

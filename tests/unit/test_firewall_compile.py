@@ -22,7 +22,7 @@ from support_slot import DIGEST, Reader, agree, compiled, policy_of, rule
 from loopback.bpf import layout
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import policy_fields as fields
-from loopback.modules.firewall.compile import DEFAULT_SAMPLE, Memory, assign, compile_policy
+from loopback.modules.firewall.compile import DEFAULT_SAMPLE, Memory, assign, compile_policy, foresee
 from loopback.modules.firewall.model import (
     Action,
     Direction,
@@ -294,6 +294,32 @@ def test_a_large_policy_is_compiled_after_one_change_as_from_scratch() -> None:
     for _ in range(6):
         assert compiled(policy, memory) == compiled(policy)
         policy = changed(policy, chance)
+
+
+def test_what_was_foreseen_is_what_is_compiled_in_earnest_whatever_came_between() -> None:
+    policy = seeded_policy(9, 200)
+    other = changed(policy, random.Random(2))
+    names = [r.name for r in policy.rules]
+    known = assign({}, names)
+    numbered = {name: 900 - at for at, name in enumerate(names)}
+    for asked, identities in (
+        (policy, known),
+        (policy, numbered),
+        (other, assign({}, [r.name for r in other.rules])),
+    ):
+        memory = Memory()
+        foresee(policy, memory)
+        expected = compile_policy(asked, identities, DIGEST)
+        for _ in range(2):
+            assert compile_policy(asked, identities, DIGEST, memory) == expected
+        assert memory.foreseen is None, "it would be held as long as the firewall runs"
+
+
+def test_a_policy_that_cannot_be_compiled_is_refused_in_earnest_only() -> None:
+    policy, memory = policy_of(*(rule(f"r{n}", interfaces=(f"eth{n}",)) for n in range(99))), Memory()
+    foresee(policy, memory)
+    with pytest.raises(Refused, match="interfaces"):
+        compiled(policy, memory)
 
 
 def test_a_rule_in_another_policy_with_other_counters_and_sets_says_nothing_of_the_first() -> None:
