@@ -14,7 +14,7 @@ from typing import Final
 
 from loopback.bpf import btf
 
-LAYOUT: Final = 4
+LAYOUT: Final = 5
 SLOTS: Final = 2
 SLACK: Final = 4096  # bytes behind the arena
 TUPLES: Final = 64  # of one classifier
@@ -37,7 +37,7 @@ DROP, ACCEPT = 0, 1
 NEW, ESTABLISHED, RELATED, INVALID = 1, 2, 4, 8
 STATES: Final = {"new": NEW, "established": ESTABLISHED, "related": RELATED, "invalid": INVALID}
 
-LAST, ACCEPTS, MORE, SAMPLES = 1, 2, 4, 8  # of an entry
+LAST, ACCEPTS, MORE, SAMPLES, CONDITIONS = 1, 2, 4, 8, 16  # of an entry
 INTERFACES, LIMIT_RULE, LIMIT_SOURCE = 1, 2, 4  # of a rule
 HAS_PORTS, HAS_ICMP = 1, 2  # what an entry may need of a packet
 USES_INTERFACES = 1
@@ -118,6 +118,8 @@ class Tuple4(ct.Structure):
         ("transport_mask", ct.c_uint64),
         ("best", ct.c_uint32),
         ("seed", ct.c_uint32),
+        ("class_mask", ct.c_uint32),
+        ("pad", ct.c_uint32),
     )
 
 
@@ -130,6 +132,8 @@ class Tuple6(ct.Structure):
         ("transport_mask", ct.c_uint64),
         ("best", ct.c_uint32),
         ("seed", ct.c_uint32),
+        ("class_mask", ct.c_uint32),
+        ("pad", ct.c_uint32),
     )
 
 
@@ -158,6 +162,8 @@ class Classifier(ct.Structure):
         ("heads_mask", ct.c_uint32),
         ("protocols", ct.c_uint32),
         ("first", ct.c_uint32),
+        ("classes", ct.c_uint32),
+        ("pad", ct.c_uint32),
         ("fields", Table * 4),  # source, destination, port, source port
     )
 
@@ -193,6 +199,8 @@ class Set(ct.Structure):
         ("changes", ct.c_uint32),
         ("shift", ct.c_uint32),
         ("narrow", ct.c_uint32),
+        ("filter", ct.c_uint32),
+        ("filter_shift", ct.c_uint32),
         ("base", ct.c_uint64),
         ("limit", ct.c_uint64),
     )
@@ -444,7 +452,7 @@ HELD: Final[dict[str, tuple[type[ct.Structure], ...]]] = {
 }
 #: The LAYOUT with which the meaning of a map's content changed last. Whoever counts LAYOUT up says here for which maps.
 CHANGED: Final = dict.fromkeys(HELD, 1) | {
-    "arena": 4, "interfaces": 2, "events": 4, "flows": 3, "flow_tags": 3, "flow_seed": 3,
+    "arena": 5, "interfaces": 2, "events": 4, "flows": 3, "flow_tags": 3, "flow_seed": 3,
 }  # fmt: skip
 
 

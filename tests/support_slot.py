@@ -159,7 +159,7 @@ class Reader:
             candidates ^= bit
             assert BIT_OF[bit] < one.tuples, "a tuple that is not there"
             kind = tuples[BIT_OF[bit]]
-            hashed = self._hash(kind, what)
+            hashed = self._hash(kind, what, self._classes(one, what))
             [head] = struct.unpack_from("<I", self.bytes, one.heads + (hashed & one.heads_mask) * 4)
             tag = head >> 24
             yield kind.best, head & 0xFFFFFF if not tag or tag == (hashed >> 56 | 1) else 0
@@ -173,17 +173,23 @@ class Reader:
             found &= table_says(self.bytes, one.fields[field], number, wide=what.family == 6)
         return int(found)
 
+    def _classes(self, one: layout.Classifier, what: Asked) -> int:
+        beyond = 24 if what.family == 4 else 120
+        table = self.bytes[one.classes : one.classes + 512]
+        return table[what.source >> beyond] | table[256 + (what.destination >> beyond)] << 8
+
     @staticmethod
-    def _hash(kind: layout.Tuple4 | layout.Tuple6, what: Asked) -> int:
+    def _hash(kind: layout.Tuple4 | layout.Tuple6, what: Asked, classes: int) -> int:
+        classes &= kind.class_mask
         last = (what.transport & kind.transport_mask) + (kind.seed << 40) & M64
         if what.family == 4:
             addresses = (what.source & kind.source_mask) << 32 | what.destination & kind.destination_mask
-            return scramble(spread(addresses), last)
+            return scramble(spread(addresses | classes), last)
         found = scramble(
             spread(what.source >> 64 & kind.source_mask[0]), what.source & M64 & kind.source_mask[1]
         )
         found = scramble(found, what.destination >> 64 & kind.destination_mask[0])
-        found = scramble(found, what.destination & M64 & kind.destination_mask[1])
+        found = scramble(found, what.destination & M64 & kind.destination_mask[1] | classes)
         return scramble(found, last)
 
     def _sets_hold(self, match: layout.Match, what: Asked) -> bool:
@@ -226,6 +232,11 @@ def set_says(whole: bytes, head: layout.Set, address: int, *, wide: bool) -> boo
         index = 0 if upper < head.base else min((upper - head.base >> head.shift) + 1, head.limit)
     else:
         index = address >> head.shift
+    if head.narrow:
+        block = address >> head.filter_shift
+        [word] = struct.unpack_from("<I", whole, head.filter + (block >> 5) * 4)
+        if not word >> (block & 31) & 1:
+            return False
     place, end = struct.unpack_from("<II", whole, head.root + index * 4)
     count, rounds = end - place, 0
     while count:

@@ -42,6 +42,7 @@ struct search {
 	__u32 best; /* order of the best match so far */
 	__u32 identity;
 	__u32 ask;
+	__u32 classes; /* of the source, and << 8 of the destination */
 	__u8 accepts;
 };
 
@@ -127,13 +128,27 @@ static __always_inline struct fw_set *set_of(__u8 *half, __u64 number, __u64 six
 	return at(half, ((struct fw_slot *)half)->sets + (number * 2 + six) * sizeof(struct fw_set), HALF_MASK);
 }
 
-/* Whether an address is in a set. The search keeps what is not above the address before `place`. */
-static __noinline int in_set4(__u8 *half, struct fw_set *set, __u32 address)
+/* Whether an address is in a set. Global functions, here and below: the verifier walks each once, with all that a caller could
+ * pass. The search keeps what is not above the address before `place`. */
+__noinline int in_set4(__u32 index, __u32 number, __u32 address)
 {
+	__u8 *half = arena_of(index);
 	__u64 place, count;
-	__u32 *root = at(half, set->root + ((__u64)address >> (set->shift & 63) << 2), HALF_MASK);
+	struct fw_set *set;
+	__u32 *root;
 	int i;
 
+	if (!half)
+		return 0;
+	set = set_of(half, number, 0);
+	if (set->narrow) {
+		__u32 block = address >> (set->filter_shift & 31);
+		__u32 *word = at(half, set->filter + ((__u64)block >> 5 << 2), HALF_MASK);
+
+		if (!(*word >> (block & 31) & 1))
+			return 0;
+	}
+	root = at(half, set->root + ((__u64)address >> (set->shift & 63) << 2), HALF_MASK);
 	place = root[0];
 	count = root[1] - place;
 	/* what is left of the changes there is narrowed down by half, without a branch that could be predicted wrongly */
@@ -151,51 +166,35 @@ static __noinline int in_set4(__u8 *half, struct fw_set *set, __u32 address)
 	return place & 1;
 }
 
-static __noinline int in_set6(__u8 *half, struct fw_set *set, const __u64 *address)
+__noinline int in_set6(__u32 index, __u32 number, struct packet *packet, __u32 destination)
 {
-	__u64 place, count;
-	__u64 index = address[0] < set->base ? 0 : ((address[0] - set->base) >> (set->shift & 63)) + 1;
+	__u8 *half = arena_of(index);
+	__u64 place, count, upper, lower, start;
+	struct fw_set *set;
 	__u32 *root;
 	int i;
 
-	if (index > set->limit)
-		index = set->limit;
-	root = at(half, set->root + (index << 2), HALF_MASK);
+	if (!packet || !half)
+		return 0;
+	set = set_of(half, number, 1);
+	upper = destination ? packet->destination[0] : packet->source[0];
+	lower = destination ? packet->destination[1] : packet->source[1];
+	start = upper < set->base ? 0 : ((upper - set->base) >> (set->shift & 63)) + 1;
+	if (start > set->limit)
+		start = set->limit;
+	root = at(half, set->root + (start << 2), HALF_MASK);
 	place = root[0];
 	count = root[1] - place;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < FW_SET_STEPS && count & 0xffffffff; i++) {
 		__u64 middle = (count + 1) >> 1;
 		__u64 *change = at(half, set->changes + ((place + middle - 1) << 4), HALF_MASK);
-		__u64 after = less(address[0], change[0]) |
-			      (~less(change[0], address[0]) & less(address[1], change[1]) & 1);
+		__u64 after = less(upper, change[0]) | (~less(change[0], upper) & less(lower, change[1]) & 1);
 
 		place += middle & (after - 1);
 		count = middle - 1 + ((count + 1 - 2 * middle) & (after - 1));
 	}
 	return place & 1;
-}
-
-/* Whether an entry's sets hold. Global functions, here and below: the verifier walks each once, with all that a caller could
- * pass. One for each family, as stack is counted along the deepest way, whether it can be gone or not. */
-__noinline int sets_hold4(struct packet *packet, __u32 index, __u32 source, __u32 destination)
-{
-	__u8 *half = arena_of(index);
-
-	if (!packet || !half)
-		return 0;
-	return (!source || in_set4(half, set_of(half, source, 0), packet->source[1])) &&
-	       (!destination || in_set4(half, set_of(half, destination, 0), packet->destination[1]));
-}
-
-__noinline int sets_hold6(struct packet *packet, __u32 index, __u32 source, __u32 destination)
-{
-	__u8 *half = arena_of(index);
-
-	if (!packet || !half)
-		return 0;
-	return (!source || in_set6(half, set_of(half, source, 1), packet->source)) &&
-	       (!destination || in_set6(half, set_of(half, destination, 1), packet->destination));
 }
 
 /* Whether a rule's conditions hold. The bucket is asked last: only a packet that would match pays. */
@@ -232,16 +231,20 @@ static __always_inline __u64 other_transport(struct fw_match *match, __u64 trans
 	return below >> 63 | (match->needs & ~flags);
 }
 
+/* The sets and other conditions of an entry: no call for what it has not, as each costs. */
 static __always_inline bool more_holds(struct search *search, struct fw_match *match, bool four)
 {
-	if (match->source_set | match->destination_set) {
-		__u32 index = ASK_INDEX(search->ask);
+	struct packet *packet = search->packet;
+	__u32 index = ASK_INDEX(search->ask);
 
-		if (!(four ? sets_hold4(search->packet, index, match->source_set, match->destination_set) :
-			     sets_hold6(search->packet, index, match->source_set, match->destination_set)))
-			return false;
-	}
-	return conditions_hold(search->packet, search->ask, search->interfaces, match->order, match->identity);
+	if (match->source_set && !(four ? in_set4(index, match->source_set, packet->source[1]) :
+					  in_set6(index, match->source_set, packet, 0)))
+		return false;
+	if (match->destination_set && !(four ? in_set4(index, match->destination_set, packet->destination[1]) :
+					       in_set6(index, match->destination_set, packet, 1)))
+		return false;
+	return !(match->flags & FW_CONDITIONS) ||
+	       conditions_hold(packet, search->ask, search->interfaces, match->order, match->identity);
 }
 
 static __always_inline __u64 spread(__u64 a)
@@ -317,7 +320,8 @@ static long step4(__u32 i, struct search *search)
 		search->candidates = candidates & (candidates - 1);
 		entry = chain_of(half, classifier,
 				 scramble(spread((__u64)(source & tuple->source_mask) << 32 |
-						 (destination & tuple->destination_mask)),
+						 (destination & tuple->destination_mask) |
+						 (search->classes & tuple->class_mask)),
 					  (transport & tuple->transport_mask) + ((__u64)tuple->seed << 40)),
 				 mask);
 		if (!entry)
@@ -395,7 +399,8 @@ static long step6(__u32 i, struct search *search)
 		hash = scramble(spread(packet->source[0] & tuple->source_mask[0]),
 				packet->source[1] & tuple->source_mask[1]);
 		hash = scramble(hash, packet->destination[0] & tuple->destination_mask[0]);
-		hash = scramble(hash, packet->destination[1] & tuple->destination_mask[1]);
+		hash = scramble(hash, (packet->destination[1] & tuple->destination_mask[1]) |
+					      (search->classes & tuple->class_mask));
 		hash = scramble(hash, (transport & tuple->transport_mask) + ((__u64)tuple->seed << 40));
 		entry = chain_of(half, classifier, hash, mask);
 		if (!entry)
@@ -584,9 +589,15 @@ __noinline int classify(struct packet *packet, __u32 ask, __u64 patterns, struct
 	search.transport = transport_of(packet);
 	search.classifier = &slot->classifiers[direction][four ? 0 : 1];
 	search.entry = search.classifier->first; /* from memory: the verifier would count on from a constant */
-	if (search.classifier->tuples)
+	if (search.classifier->tuples) {
+		__u64 first = four ? packet->source[1] >> 24 : packet->source[0] >> 56;
+		__u64 second = four ? packet->destination[1] >> 24 : packet->destination[0] >> 56;
+		__u8 *class = at(search.half, search.classifier->classes, HALF_MASK);
+
+		search.classes = class[first & 0xff] | class[256 + (second & 0xff)] << 8;
 		search.candidates = four ? candidates4(packet, search.transport, ask) :
 					   candidates6(packet, search.transport, ask);
+	}
 	/* Two calls that the compiler must not make one: the kernel inlines a loop only where it knows its body (5.19). */
 	if (four) {
 		bpf_loop(MAX_STEPS, step4, &search, 0);

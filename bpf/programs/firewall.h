@@ -10,7 +10,7 @@
 #ifndef LOOPBACK_FIREWALL_H
 #define LOOPBACK_FIREWALL_H
 
-#define FW_LAYOUT 4 /* counts up with every change that an older program could not read */
+#define FW_LAYOUT 5 /* counts up with every change that an older program could not read */
 
 #define FW_SLOTS 2
 #define FW_TUPLES 64 /* of one classifier: a bit each */
@@ -67,12 +67,14 @@ enum fw_reason {
  * chains sorted by order. With `tuples` 0 there is one chain, which begins at the first entry. Otherwise entries are grouped by
  * tuple, that is by which bits of the packet they are found by, and `heads` maps the hash of those bits to a chain. Five tables
  * tell which tuples can hold an entry for an address, a port or a protocol; the AND of the five leaves one or two of them.
+ * Entries that no bits of an address lead to are found by the classes of both addresses instead.
  */
 enum fw_entry_flag {
 	FW_LAST = 1, /* of its chain */
 	FW_ACCEPTS = 2,
 	FW_MORE = 4, /* there are a set, or conditions of the rule beside those of the entry */
 	FW_SAMPLES = 8, /* the rule reports */
+	FW_CONDITIONS = 16, /* the rule has conditions beside the entry's and its sets */
 };
 
 struct fw_match {
@@ -126,6 +128,8 @@ struct fw_tuple4 {
 	__u64 transport_mask; /* over protocol << 32 | source port << 16 | destination port */
 	__u32 best; /* the lowest order of its entries; tuples are sorted by it */
 	__u32 seed;
+	__u32 class_mask; /* over the classes of both addresses: all of them, or none */
+	__u32 pad;
 };
 
 struct fw_tuple6 {
@@ -134,6 +138,8 @@ struct fw_tuple6 {
 	__u64 transport_mask;
 	__u32 best;
 	__u32 seed;
+	__u32 class_mask;
+	__u32 pad;
 };
 
 /*
@@ -163,18 +169,25 @@ struct fw_classifier {
 	__u32 heads_mask;
 	__u32 protocols; /* offset of 256 u64 of tuples */
 	__u32 first; /* without tuples: the chain's first entry + 1; else 0 */
+	__u32 classes; /* offset of 256 bytes, the class of a source by its first byte, and as many for destinations */
+	__u32 pad;
 	struct fw_table fields[FW_FIELDS];
 };
 
 /*
  * A set of prefixes in one family: the ascending addresses at which "in the set" changes, so an address is in it when an odd number
  * of them is not above it. The root is indexed as in fw_table and holds the place of the first change there; one more entry ends it.
+ *
+ * In front of a large set of IPv4 stands a filter: a bit for each block of addresses, 0 where the set has none of them. Most
+ * addresses are in no deny list, and half a megabyte stays in the cache where four do not.
  */
 struct fw_set {
 	__u32 root; /* offset */
 	__u32 changes; /* offset of u32, or with `narrow` of the lower u16; for IPv6 of two u64 */
 	__u32 shift;
 	__u32 narrow; /* the root has all upper 16 bits, so that the lower ones are enough: half the cache lines */
+	__u32 filter; /* with `narrow`: offset of u32, 32 blocks each */
+	__u32 filter_shift; /* with `narrow`: an address >> this is its block */
 	__u64 base; /* IPv6, as in fw_table */
 	__u64 limit;
 };

@@ -13,6 +13,7 @@ from typing import Final
 
 from loopback.bpf import layout
 from loopback.modules.firewall import tables, tuples
+from loopback.modules.firewall.classes import told_apart
 from loopback.modules.firewall.prefixes import PrefixTable
 from loopback.modules.firewall.sets import SetTable, tables_of
 from loopback.modules.firewall.tables import Table
@@ -20,7 +21,7 @@ from loopback.modules.firewall.tuples import Entry, Grouped
 
 LINEAR: Final = 32  # entries that are one chain
 _ALIGN: Final = 64  # a cache line
-_TUPLE: Final = {4: struct.Struct("<IIQII"), 6: struct.Struct("<QQQQQII")}
+_TUPLE: Final = {4: struct.Struct("<IIQIII4x"), 6: struct.Struct("<QQQQQIII4x")}
 _ENTRY: Final[Mapping[int, type[layout.Entry4 | layout.Entry6]]] = {4: layout.Entry4, 6: layout.Entry6}
 _M64: Final = (1 << 64) - 1
 
@@ -68,8 +69,10 @@ def lay_entries(
         # so few tuples have no more than MAX_CLASSES combinations
         grouped = tuples.group(entries, family, tuples.FEWEST)
         protocols, found = _tables(grouped, whose, known)
-    heads, chains = tuples.heads(grouped.chains)
+    apart = told_apart(grouped.chains, family)
+    heads, chains = tuples.heads(apart.chains if apart else grouped.chains)
     at.tuples = len(grouped.best)
+    at.count = sum(map(len, chains))
     at.entries = parts.add(_packed(chains, family))
     packed = bytearray()
     for kind, best in grouped.best.items():
@@ -77,10 +80,12 @@ def lay_entries(
         halves = (
             addresses if family == 4 else [half for mask in addresses for half in (mask >> 64, mask & _M64)]
         )
-        packed += _TUPLE[family].pack(*halves, transport, best, kind.seed)
+        mask = 0xFFFF if apart and not kind.source_length and not kind.destination_length else 0
+        packed += _TUPLE[family].pack(*halves, transport, best, kind.seed, mask)
     at.tuple = parts.add(bytes(packed))
     at.heads = parts.add(array("I", heads).tobytes())
     at.heads_mask = len(heads) - 1
+    at.classes = parts.add(apart.table if apart else b"")
     at.protocols = parts.add(array("Q", protocols).tobytes())
     for place, table in enumerate(found):
         root, blocks, classes = parts.add(table.root), parts.add(table.blocks), parts.add(table.classes)
@@ -155,5 +160,7 @@ def lay_sets(numbered: Sequence[PrefixTable], parts: Parts, known: KnownSets) ->
         if before is None or before[0] is not prefixes:
             before = prefixes, tables_of(prefixes)
         kept[id(prefixes)] = before
-        heads += [one.head(parts.add(one.root), parts.add(one.changes)) for one in before[1]]
+        heads += [
+            one.head(parts.add(one.root), parts.add(one.changes), parts.add(one.filter)) for one in before[1]
+        ]
     return parts.add(b"".join(heads)), kept

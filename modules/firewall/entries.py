@@ -121,7 +121,7 @@ def _any(rule: Rule, order: int, identity: int, sets: Sets, places: Mapping[str,
     states = sum(layout.STATES[word] for word in rule.states)
     shown = (
         (layout.ACCEPTS if rule.action is Action.ACCEPT else 0)
-        | (layout.MORE if flags or states else 0)
+        | (layout.MORE | layout.CONDITIONS if flags or states else 0)
         | (layout.SAMPLES if rule.log_sample else 0)
     )
     made: list[list[Entry]] = []

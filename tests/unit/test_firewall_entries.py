@@ -77,10 +77,10 @@ def test_a_limit_becomes_an_interval_and_a_tolerance() -> None:
 
 
 def test_records_reach_as_far_as_the_last_rule_that_has_something_to_say() -> None:
-    quiet = [rule(f"q{n}") for n in range(100)]
+    quiet = [rule(f"q{n}", sources=(Prefix(4, 10 << 24 | n, 32),)) for n in range(100)]
     nothing = len(compiled(policy_of(*quiet)).slot)
-    first = compiled(policy_of(rule("s", states=frozenset({"new"})), *quiet[1:]))
-    last = compiled(policy_of(*quiet[1:], rule("s", log_sample=5)))
+    first = compiled(policy_of(rule("s", states=frozenset({"new"}), sources=quiet[0].sources), *quiet[1:]))
+    last = compiled(policy_of(*quiet[1:], rule("s", log_sample=5, sources=quiet[0].sources)))
     assert nothing < len(first.slot) <= nothing + 64
     assert nothing + 99 * 32 <= len(last.slot) <= nothing + 64 + 100 * 40
     reader = Reader(last)
