@@ -590,13 +590,16 @@ __noinline int classify(struct packet *packet, __u32 ask, __u64 patterns, struct
 	search.classifier = &slot->classifiers[direction][four ? 0 : 1];
 	search.entry = search.classifier->first; /* from memory: the verifier would count on from a constant */
 	if (search.classifier->tuples) {
-		__u64 first = four ? packet->source[1] >> 24 : packet->source[0] >> 56;
-		__u64 second = four ? packet->destination[1] >> 24 : packet->destination[0] >> 56;
 		__u8 *class = at(search.half, search.classifier->classes, HALF_MASK);
 
-		search.classes = class[first & 0xff] | class[256 + (second & 0xff)] << 8;
-		search.candidates = four ? candidates4(packet, search.transport, ask) :
-					   candidates6(packet, search.transport, ask);
+		if (four) {
+			search.classes = class[packet->source[1] >> 24 & 0xff] |
+					 class[256 + (packet->destination[1] >> 24 & 0xff)] << 8;
+			search.candidates = candidates4(packet, search.transport, ask);
+		} else {
+			search.classes = class[packet->source[0] >> 56] | class[256 + (packet->destination[0] >> 56)] << 8;
+			search.candidates = candidates6(packet, search.transport, ask);
+		}
 	}
 	/* Two calls that the compiler must not make one: the kernel inlines a loop only where it knows its body (5.19). */
 	if (four) {
