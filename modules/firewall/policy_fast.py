@@ -18,8 +18,8 @@ from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
+from loopback.modules.firewall import policy_columns, policy_rules
 from loopback.modules.firewall import policy_fields as fields
-from loopback.modules.firewall import policy_rules
 from loopback.modules.firewall.model import Direction, FirewallPolicy, PacketTest, PrefixTable, Rule
 from loopback.modules.firewall.policy_fields import Wrong
 from loopback.modules.firewall.policy_tables import (
@@ -43,6 +43,7 @@ _KEY = re.compile(rb'[ \t\n\r]*"([^"\\]*)"[ \t\n\r]*:[ \t\n\r]*')
 _COMMA = re.compile(rb"[ \t\n\r]*,")
 _END = re.compile(rb"[ \t\n\r]*\}[ \t\n\r]*")
 _BEGIN = re.compile(rb"[ \t\n\r]*\{")
+MANY: Final = 32  # rules, from which on it pays to read them by columns
 _WORTH_DIGEST: Final = 4096  # bytes; the text of a longer set is remembered by its SHA-256
 _ITEMS: Final = msgspec.json.Decoder(list[msgspec.Raw])
 _MEMBERS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -116,9 +117,7 @@ def _policy(data: bytes) -> FirewallPolicy:
     lined = b"\n" in data.strip()
     items, lines = _items(data, top, places, "rules", MAX_RULES, lined)
     rules = _rules.find(items)
-    new = _read_new(items, rules)
-    for at, plain in new:
-        rules[at] = policy_rules.rule(_fields(plain), sets, 0)
+    _read_rules(items, rules, sets)
     found: list[Rule] = rules  # type: ignore[assignment]  # none is None any more
     if len({rule.name for rule in found}) != len(found):
         raise _NotPlain
@@ -136,6 +135,23 @@ def _policy(data: bytes) -> FirewallPolicy:
         rules=tuple(found),
         tests=_read_tests(data, top, places, lined),
     )
+
+
+def _read_rules(items: Sequence[bytes], rules: list[Rule | None], sets: Mapping[str, PrefixTable]) -> None:
+    """Read what is not known, all at once where it is much."""
+
+    def one(text: bytes) -> Rule:
+        return policy_rules.rule(_fields(msgspec.json.decode(text)), sets, 0)
+
+    places = [at for at, rule in enumerate(rules) if rule is None]
+    if len(places) >= MANY:
+        made = policy_columns.read([items[at] for at in places], sets, one)
+        if made is not None:
+            for at, rule in zip(places, made, strict=True):
+                rules[at] = rule
+            return
+    for at, plain in _read_new(items, rules):
+        rules[at] = policy_rules.rule(_fields(plain), sets, 0)
 
 
 def _read_tests(

@@ -77,8 +77,8 @@ def rule(read: Mapping[str, Any], sets: Sets, line: int) -> Rule:
             "drop without a limit, or limit the rule that accepts",
             ("limit",),
         )
-    sources, source_sets = _endpoints(read.get("from", ()), sets, "from")
-    destinations, destination_sets = _endpoints(read.get("to", ()), sets, "to")
+    sources, source_sets = endpoints(read.get("from", ()), sets, "from")
+    destinations, destination_sets = endpoints(read.get("to", ()), sets, "to")
     made = Rule(
         name=read["name"], direction=read.get("direction", Direction.INGRESS), sources=sources, source_sets=source_sets,
         destinations=destinations, destination_sets=destination_sets, protocols=protocols, ports=read.get("ports", ()),
@@ -90,9 +90,10 @@ def rule(read: Mapping[str, Any], sets: Sets, line: int) -> Rule:
     return made
 
 
-def _endpoints(
+def endpoints(
     read: tuple[Prefix | str, ...], sets: Sets, key: str
 ) -> tuple[tuple[Prefix, ...], tuple[str, ...]]:
+    """The prefixes and the sets of one address field, `key`. Raises Wrong for a set that is not there."""
     if len(read) == 1 and isinstance(read[0], Prefix):
         return (read[0],), ()
     literal: list[Prefix] = []
@@ -124,7 +125,7 @@ def check_families(rule: Rule, sets: Sets) -> None:
     if len(sources) == 1 and len(destinations) == 1 and not rule.source_sets and not rule.destination_sets:
         both = frozenset[int]((sources[0].family,)) & {destinations[0].family}
     else:
-        both = _of(sources, rule.source_sets, sets) & _of(destinations, rule.destination_sets, sets)
+        both = families(sources, rule.source_sets, sets) & families(destinations, rule.destination_sets, sets)
     if not both:
         raise Wrong(
             "'from' and 'to' are of different address families: nothing matches both",
@@ -146,7 +147,8 @@ def check_families(rule: Rule, sets: Sets) -> None:
     )
 
 
-def _of(prefixes: tuple[Prefix, ...], names: tuple[str, ...], sets: Sets) -> frozenset[int]:
+def families(prefixes: tuple[Prefix, ...], names: tuple[str, ...], sets: Sets) -> frozenset[int]:
+    """The address families that a field with these prefixes and sets can match."""
     if not prefixes and not names:
         return _BOTH
     return frozenset(prefix.family for prefix in prefixes).union(

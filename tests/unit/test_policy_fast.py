@@ -44,12 +44,21 @@ def rule(**more: Any) -> dict[str, Any]:
     return {"name": "a", "action": "drop", **more}
 
 
-@given(plain_policies(), st.sampled_from([None, 0, 2]))
+@pytest.fixture(params=[1, policy_fast.MANY], ids=["by columns", "one by one"])
+def _many(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(policy_fast, "MANY", request.param)
+        yield
+
+
+@pytest.mark.usefixtures("_many")
+@given(plain_policies(), st.sampled_from([None, 0, 2]), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_a_right_policy_is_read_the_quick_way_and_as_the_slow_way_reads_it(
-    plain: dict[str, Any], indent: int | None
+    plain: dict[str, Any], indent: int | None, canonical: bool
 ) -> None:
-    data = json.dumps(plain, indent=indent).encode()
+    data = json.dumps(plain, indent=indent, sort_keys=canonical).encode()
+    policy_fast.forget()
     expected = slow(data)
     assert isinstance(expected, FirewallPolicy)
     assert policy_fast.read(data) == expected
@@ -64,6 +73,7 @@ BROKEN: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("_many")
 @given(plain_policies(), st.sampled_from(BROKEN), st.integers(0, 11), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_a_change_that_may_break_it_is_answered_as_the_slow_way_answers(
@@ -73,7 +83,7 @@ def test_a_change_that_may_break_it_is_answered_as_the_slow_way_answers(
         policy.parse(json.dumps(plain).encode())
     if plain["rules"]:
         plain["rules"][index % len(plain["rules"])][change[0]] = change[1]
-    data = json.dumps(plain).encode()
+    data = policy.to_json(plain)
     assert whole(data) == slow(data)
 
 
@@ -90,10 +100,13 @@ def test_a_rule_from_memory_is_held_to_the_sets_of_now(plain: dict[str, Any], na
     assert whole(data) == slow(data)
 
 
-@given(plain_policies(most=4), st.data())
+@pytest.mark.usefixtures("_many")
+@given(plain_policies(most=4), st.data(), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_a_text_with_a_byte_changed_is_read_alike(plain: dict[str, Any], data: st.DataObject) -> None:
-    good = json.dumps(plain).encode()
+def test_a_text_with_a_byte_changed_is_read_alike(
+    plain: dict[str, Any], data: st.DataObject, canonical: bool
+) -> None:
+    good = policy.to_json(plain) if canonical else json.dumps(plain).encode()
     at = data.draw(st.integers(0, len(good) - 1))
     byte = data.draw(st.sampled_from(b'",:{}[]\\ 019.-/@eE\x00\x80\n'))
     mutated = good[:at] + bytes([byte]) + good[at + data.draw(st.integers(0, 1)) :]
@@ -113,6 +126,7 @@ REPEATED = [
 ]
 
 
+@pytest.mark.usefixtures("_many")
 @pytest.mark.parametrize("data", REPEATED)
 def test_a_repeated_key_is_refused_wherever_it_stands(data: bytes) -> None:
     assert policy_fast.read(data) is None
@@ -152,3 +166,29 @@ def test_plain_values_and_text_come_along() -> None:
     data = policy.to_json({**BASE, "rules": [rule()]})
     loaded = policy.loads(data)
     assert loaded == (slow(data), msgspec.json.decode(data), data.decode())
+
+
+def test_many_rules_in_canonical_json_are_read_by_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = [
+        rule(name=f"r{n}", ports=[n % 7 + 1], proto=["tcp"], **{"from": [f"10.0.{n}.0/24"]})
+        for n in range(100)
+    ]
+    rules[5]["log"] = {"sample": 10}
+    rules[6]["to"] = "@office"
+    data = policy.to_json({**BASE, "sets": {"office": ["192.0.2.0/24"]}, "rules": rules})
+    expected = slow(data)
+    one = []
+    monkeypatch.setattr(
+        policy_fast, "_fields", lambda plain, read=policy_fast._fields: one.append(plain) or read(plain)
+    )
+    assert policy_fast.read(data) == expected
+    assert len(one) < 10, "one of each shape, and the one that logs"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\n", "\n", "", "ä", "a" * 65])
+def test_what_is_no_name_is_none_among_many(name: str) -> None:
+    rules = [rule(name=f"r{n}") for n in range(policy_fast.MANY)]
+    rules[3]["name"] = name
+    data = policy.to_json({**BASE, "rules": rules})
+    assert policy_fast.read(data) is None
+    assert isinstance(slow(data), list)
