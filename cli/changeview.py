@@ -128,7 +128,8 @@ def _document(content: bytes) -> Iterator[str]:
     yield f"trust     document version {document.version}"
     for operator in document.operators:
         roles = "; ".join(f"{w}: {', '.join(r)}" for w, r in operator.roles.items())
-        yield f"  {operator.name} ({PublicKey.parse(operator.public_key).keyid[:16]}): {roles}"
+        pools = f"; pools {', '.join(operator.pools)}" if operator.pools else ""
+        yield f"  {operator.name} ({PublicKey.parse(operator.public_key).keyid[:16]}): {roles}{pools}"
     for name, keys in document.services.items():
         for text in keys:
             yield f"  {name} signs with {PublicKey.parse(text).keyid}"

@@ -172,6 +172,8 @@ def permissions() -> dict[str, Permissions]:
                 *_shares("activation"),
                 "lb.ws.*.rollout.>",
                 "lb.ws.*.desired.*",
+                "lb.ws.*.roster.*",
+                "lb.ws.*.slice.*.*",
             ),
             _others("activation", subjects.STREAM_OTLP, _VIEW_STREAM),
         ),
@@ -193,10 +195,12 @@ HOST: Final = Permissions(
     (
         "lb.ws.{{tag(ws)}}.from.{{name()}}.>",
         "$JS.API.DIRECT.GET.*.lb.ws.{{tag(ws)}}.desired.{{name()}}",
+        f"$JS.API.DIRECT.GET.{subjects.STREAM_ROSTERS}.lb.ws.{{{{tag(ws)}}}}.roster.*",
+        f"$JS.API.DIRECT.GET.{subjects.STREAM_ROSTERS}.lb.ws.{{{{tag(ws)}}}}.slice.*.*",
         f"$JS.API.DIRECT.GET.{subjects.STREAM_BLOBS}.lb.blob.>",
         f"$JS.API.DIRECT.GET.{subjects.STREAM_TUF}.lb.tuf.>",
     ),
-    ("lb.ws.{{tag(ws)}}.to.{{name()}}.>", "_INBOX.{{name()}}.>"),
+    ("lb.ws.{{tag(ws)}}.to.{{name()}}.>", "lb.ws.{{tag(ws)}}.rosters.*", "_INBOX.{{name()}}.>"),
 )
 
 

@@ -21,6 +21,7 @@ from loopback.cli import firewall_diff, firewall_import, firewall_observe, firew
 from loopback.cli.firewall_judge import Kind, Verdict, open_judge, open_kernel
 from loopback.cli.firewall_packets import MAX_PACKETS, read_lines, read_one
 from loopback.contracts.codes import Code, Refused
+from loopback.contracts.roster import Source
 from loopback.modules.firewall import compile as compiler
 from loopback.modules.firewall import policy, schema
 from loopback.modules.firewall import policy_fields as fields
@@ -104,7 +105,7 @@ def check(
         _print(
             {
                 "ok": not failed, "rules": len(found.rules), "sets": len(found.sets), "tests": len(found.tests),
-                "judge": judging.name, "problems": [], "failed": failed,
+                "judge": judging.name, "problems": [], "failed": failed, "filled": _filled(found),
             }
         )  # fmt: skip
     else:
@@ -116,6 +117,12 @@ def check(
                 err=True,
             )
         counted = f"{_count(len(found.rules), 'rule')}, {_count(len(found.sets), 'set')}"
+        for name, words in _filled(found).items():
+            listed = len(found.sets[name])
+            typer.echo(
+                f"note: set {name!r} is filled on hosts ({words}); here it holds only what the policy lists ({listed})",
+                err=True,
+            )
         passed = f"tests: {len(found.tests) - len(failed)} of {len(found.tests)} hold"
         typer.echo(f"{file}: {counted}; {passed}, judged by {judging.name}{judging.why}")
     if failed:
@@ -235,6 +242,11 @@ def _verdict_line(verdict: Verdict) -> str:
     # a name has no character that JSON escapes
     rule = "null" if verdict.rule is None else f'"{verdict.rule}"'
     return f'{{"verdict":"{_word(verdict.action)}","rule":{rule},"generation":{verdict.generation}}}\n'
+
+
+def _filled(found: FirewallPolicy) -> dict[str, str]:
+    """What fills which of a policy's sets, in words."""
+    return {name: Source(labels=one.labels, pool=one.pool).words for name, one in found.filled.items()}
 
 
 def _word(action: Action) -> str:

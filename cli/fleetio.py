@@ -15,7 +15,7 @@ from loopback.contracts import hostrecord, subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.envelope import payload_of
 from loopback.contracts.hostrecord import HostRecord
-from loopback.contracts.messages import Command, EntitlementPut, Record, WorkspacePut, decode_command
+from loopback.contracts.messages import Command, EntitlementPut, PoolPut, Record, WorkspacePut, decode_command
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="May be repeated.")]
@@ -26,7 +26,7 @@ Interfaces = Annotated[
     ),
 ]
 Heartbeat = Annotated[float, typer.Option(help="Seconds between its heartbeats.")]
-Put = TypeVar("Put", WorkspacePut, EntitlementPut)
+Put = TypeVar("Put", WorkspacePut, EntitlementPut, PoolPut)
 
 
 def labels(given: Sequence[str] | None) -> dict[str, str]:

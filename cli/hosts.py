@@ -14,7 +14,7 @@ import typer
 import typer.core
 import typer.main
 
-from loopback.cli import context, creds, fleetio, hostfolder, hostmove, hostrevoke, printing
+from loopback.cli import context, creds, fleetio, hostchange, hostfolder, hostmove, hostrevoke, printing
 from loopback.cli import enrol as enrolment
 from loopback.contracts import subjects, view
 from loopback.contracts.codes import Code, Refused
@@ -53,6 +53,7 @@ for _name, _command in (
     ("invite", enrolment.invite_command),
     ("invites", enrolment.invites_command),
     ("enroll", enrolment.enroll_command),
+    ("change", hostchange.change_command),
     ("move", hostmove.move_command),
     ("revoke", hostrevoke.revoke_command),
 ):

@@ -136,6 +136,12 @@ def operator_command(
     workspace: Annotated[
         list[str] | None, typer.Option(help="Where; may be given several times. Everywhere without it.")
     ] = None,
+    pool: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of the role balancer: a pool that it is about ('*': any). May be given several times."
+        ),
+    ] = None,
     public_key: PublicHex = "",
     remove: Annotated[bool, typer.Option("--remove", help="Take the operator out.")] = False,
     out: Out = None,
@@ -147,9 +153,9 @@ def operator_command(
     A new operator brings the public half of a key made with 'loopback keys new FILE'; without one, a key is made here.
     """
     use(passphrase_file, offline or ())
-    if remove == bool(role or public_key):
+    if remove == bool(role or public_key or pool):
         raise Refused(
-            Code.NAME_INVALID, "say what to do with the operator", "--role, --public-key, or --remove"
+            Code.NAME_INVALID, "say what to do with the operator", "--role, --pool, --public-key, or --remove"
         )
     where = workspace or [EVERY_WORKSPACE]
 
@@ -168,14 +174,14 @@ def operator_command(
         if role:
             earlier = dict(known.roles) if known and workspace else {}
             roles = {**earlier, **dict.fromkeys(where, role)}
-        document = trustedit.with_operator(document, name, roles, text or None)
+        document = trustedit.with_operator(document, name, roles, text or None, pool)
         return edit(present, document, f"operator {name}"), made
 
     places = ", ".join(map(trustedit.everywhere, where))
     said = (
         f"{name} is no operator any longer"
         if remove
-        else f"{name} has {', '.join(role or ['a new key'])} in {places}"
+        else f"{name} has {', '.join(role or (['other pools'] if pool else ['a new key']))} in {places}"
     )
     ended(apply(make, out), said)
 

@@ -54,6 +54,7 @@ class OperatorShown(msgspec.Struct, frozen=True):
     keyid: str
     key: str
     roles: dict[str, tuple[str, ...]]
+    pools: tuple[str, ...]
 
 
 class Shown(msgspec.Struct, frozen=True):
@@ -110,7 +111,7 @@ def look(home: Path, now: datetime) -> Shown:
         roles=roles,
         files=key_files,
         operators=tuple(
-            OperatorShown(o.name, PublicKey.parse(o.public_key).keyid, o.public_key, dict(o.roles))
+            OperatorShown(o.name, PublicKey.parse(o.public_key).keyid, o.public_key, dict(o.roles), o.pools)
             for o in (trust.document.operators if trust else ())
         ),
         services={name: tuple(keys) for name, keys in trust.service_keys.items()} if trust else {},
@@ -169,6 +170,8 @@ def as_text(shown: Shown) -> list[str]:
     for operator in shown.operators:
         lines.append(f"  {operator.name}  id {operator.keyid}")
         lines += [f"    {workspace}: {', '.join(roles)}" for workspace, roles in operator.roles.items()]
+        if operator.pools:
+            lines.append(f"    pools: {', '.join(operator.pools)}")
     for service, keyids in shown.services.items():
         lines += ["", f"{service} signs with"] + [f"  {keyid}" for keyid in keyids]
     if shown.workspaces:

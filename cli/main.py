@@ -37,6 +37,7 @@ AREAS: dict[str, tuple[str, str]] = {
     "bus": ("loopback.cli.bus", "app"),
     "workspace": ("loopback.cli.workspace", "app"),
     "entitlement": ("loopback.cli.entitlement", "app"),
+    "pool": ("loopback.cli.pool", "app"),
     "host": ("loopback.cli.hosts", "app"),
     "hosts": ("loopback.cli.hosts", "hosts_command"),
     "eligibility": ("loopback.cli.eligibility", "app"),

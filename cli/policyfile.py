@@ -16,6 +16,7 @@ from loopback.contracts.abi import MAX_CONTENT
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Blob, Policy
+from loopback.contracts.roster import Source
 from loopback.modules.firewall import policy as firewall
 from loopback.modules.firewall.policy_text import MAX_TEXT
 
@@ -28,6 +29,15 @@ _SMALLER: Final = (
 READERS: Final[dict[str, Callable[[Path], bytes]]] = {
     "firewall": lambda path: firewall.to_json(firewall.load(path).plain)
 }
+
+
+def _sources(found: bytes) -> dict[str, Source]:
+    filled = firewall.parse(found, "policy.json").filled
+    return {name: Source(labels=one.labels, pool=one.pool) for name, one in filled.items()}
+
+
+#: What fills the sets of a policy with this content, by module.
+SOURCES: Final[dict[str, Callable[[bytes], dict[str, Source]]]] = {"firewall": _sources}
 
 
 class Signed(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +96,7 @@ def _too_large(reason: str) -> Refused:
 def sign(
     found: bytes, *, workspace: str, module: str, name: str, serial: int, at: datetime, key: SigningKey
 ) -> Signed:
-    """Sign it. What fits into one envelope is inside, everything else is named there by digest and size."""
+    """Sign it, with what fills its sets. What fits into one envelope is inside, all else is named there by digest and size."""
     policy = Policy(
         workspace=workspace,
         module=module,
@@ -94,6 +104,7 @@ def sign(
         serial=serial,
         content=msgspec.Raw(found),
         issued_at=at,
+        sources=SOURCES[module](found) if module in SOURCES else {},
     )
     if len(found) < envelope.MAX_ENVELOPE:
         data = envelope.seal_bytes(envelope.POLICY, msgspec.json.encode(policy), key)

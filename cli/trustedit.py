@@ -119,8 +119,9 @@ def with_operator(
     name: str,
     roles: Mapping[str, Iterable[Role]] | None,
     public_key: str | None = None,
+    pools: Iterable[str] | None = None,
 ) -> TrustDocument:
-    """An operator with these roles by workspace, or the earlier ones; with this key, or the earlier one.
+    """An operator with these roles by workspace, or the earlier ones; with this key, or the earlier one; pools likewise.
 
     Raises Refused(NAME_INVALID) where a new operator lacks one of both, or the key is somebody else's, SIGNATURE_WEAK_KEY.
     """
@@ -142,7 +143,11 @@ def with_operator(
         else {}
     )
     others = tuple(o for o in document.operators if o.name != name)
-    return msgspec.structs.replace(document, operators=(*others, Operator(name, key, granted)))
+    limited = tuple(dict.fromkeys(pools)) if pools is not None else known.pools if known else ()
+    made = Operator(name, key, granted, limited)
+    if not limited and any(Role.BALANCER in given and Role.ADMIN not in given for given in granted.values()):
+        raise Refused(Code.NAME_INVALID, f"{name} is a balancer of no pool", "name its pools with --pool")
+    return msgspec.structs.replace(document, operators=(*others, made))
 
 
 def without_operator(document: TrustDocument, name: str) -> TrustDocument:

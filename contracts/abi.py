@@ -7,6 +7,8 @@ sends requests, and the module answers each with `Done` or `Failed` under the sa
 time. A module may be written in any language. New verbs and optional fields may appear; unknown fields are ignored, and
 an unknown verb is answered with `Failed(code="module.abi")`.
 
+`fill` stages what fills the sets of the policy that holds, as `stage` does a policy; commit, confirm and revert follow alike.
+
 Order: hello → configure → stage → commit → (confirm | revert); health and metrics at any time; drain → stop at the end.
 `stage` prepares a policy without any effect, `commit` makes it hold on trial, `confirm` keeps it, `revert` returns to what
 held before the commit. `stop` ends the process and leaves in the kernel whatever enforces; `stop` with `remove` leaves nothing.
@@ -62,16 +64,35 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
     remote_port: int
 
 
+class Filled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What fills one set now: the addresses of all hosts with these labels, or of this pool, as operators signed them."""
+
+    labels: dict[str, str] = {}
+    pool: str = ""
+    addresses: list[str] = []
+
+
 class Stage(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="stage"):
     """Prepare a policy. `content` is the policy's JSON, `digest` names it; the operator's signature was checked.
 
     `control` are the agent's own connections to the control plane: a change that would cut them, or an operator's session, is
-    refused. None where a policy that held before is put back, which nothing may stand in the way of.
+    refused. None where a policy that held before is put back, which nothing may stand in the way of. `fills` is what fills the
+    policy's sets, by their names; the policy's own bounds on it are for the module to hold.
     """
 
     digest: str
     serial: int
     content: bytes
+    control: list[Connection] | None = None
+    fills: dict[str, Filled] = {}
+
+
+class Fill(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="fill"):
+    """Prepare other contents of sets for policy `digest`, which holds. What is refused leaves the last contents, and `health`
+    says degraded until others are committed."""
+
+    digest: str
+    fills: dict[str, Filled]
     control: list[Connection] | None = None
 
 
@@ -144,7 +165,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", tag="ev
     attributes: dict[str, str | int | float | bool] = {}
 
 
-Request = Configure | Stage | Commit | Confirm | Revert | Health | Metrics | Drain | Stop
+Request = Configure | Stage | Fill | Commit | Confirm | Revert | Health | Metrics | Drain | Stop
 Reply = Done | Failed
 Body = Hello | Request | Reply | Event
 

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from loopback.contracts import desired, envelope, identity, journal, messages, reports, subjects, view
+from loopback.contracts import desired, envelope, identity, journal, messages, reports, roster, subjects, view
 
 ASYNCAPI: Final = "3.0.0"
 VERSION: Final = (
@@ -27,7 +27,9 @@ _PARAMETERS: Final = {
     "command": "the id of a command",
     "event": "name of a rollout's event",
     "service": "eligibility, delivery, activation or telemetry",
-    "kind": "workspace, entitlement, host or invite",
+    "kind": "workspace, entitlement, host, invite or pool",
+    "source": "32 hex digits that stand for what fills a set",
+    "slice": "number of a slice, from 0",
     "keyid": "SHA-256, in hex, of an invitation's public key",
     "name": "a record's token",
     "module": "a module's token",
@@ -76,7 +78,7 @@ def _report(kind: Any, *readers: str) -> Channel:
 
 CHANNELS: Final[tuple[Channel, ...]] = (
     *_commands("eligibility", messages.WorkspacePut, messages.EntitlementPut, messages.HostPut, messages.HostInvite,
-              messages.HostMove),
+              messages.HostMove, messages.PoolPut),
     *_commands("delivery", messages.ReleasePublish, messages.MetadataPublish),
     *_commands(
         "activation", messages.RolloutStart, messages.RolloutApprove, messages.RolloutPause, messages.RolloutResume,
@@ -116,9 +118,23 @@ CHANNELS: Final[tuple[Channel, ...]] = (
         (desired.DesiredState,), ("activation",), ("activation",), envelope.DESIRED,
     ),
     Channel(
+        "roster", lambda: subjects.roster(_p("workspace"), _p("source")),
+        "Who fills sets from one source. The broker republishes it, once stored.", (roster.Roster,), ("activation",),
+        ("activation", "host"), envelope.ROSTER,
+    ),
+    Channel(
+        "rosters", lambda: subjects.rosters(_p("workspace"), _p("source")), "Where hosts hear of it.", (roster.Roster,),
+        ("broker",), ("host",), envelope.ROSTER,
+    ),
+    Channel(
+        "slice", lambda: subjects.slice_of(_p("workspace"), _p("source"), 0).removesuffix("0") + _p("slice"),
+        "Some of a roster's members, each as it was signed; the roster has its SHA-256.", (roster.Slice,), ("activation",),
+        ("host",),
+    ),
+    Channel(
         "to-host", lambda: subjects.to_host(_p("workspace"), _p("host"), "desired"),
-        "The only subject, but its inbox, on which a host listens.", (desired.DesiredState,), ("broker",), ("host",),
-        envelope.DESIRED,
+        "The only subject, but its inbox and rosters, on which a host listens.", (desired.DesiredState,), ("broker",),
+        ("host",), envelope.DESIRED,
     ),
     Channel(
         "to-host.identity", lambda: subjects.to_host(_p("workspace"), _p("host"), "identity"),

@@ -70,6 +70,13 @@ class Code(StrEnum):
     POLICY_SERIAL = "policy.serial"
     POLICY_TEST_FAILED = "policy.test-failed"
     POLICY_TOO_LARGE = "policy.too-large"
+    # what fills a policy's sets
+    SET_UNFILLED = "set.unfilled"
+    SET_OUTSIDE = "set.outside"
+    SET_TOO_LARGE = "set.too-large"
+    ROSTER_OLDER = "roster.older"
+    ROSTER_INVALID = "roster.invalid"
+    POOL_SERIAL = "pool.serial"
     # rollouts
     ROLLOUT_UNKNOWN = "rollout.unknown"
     ROLLOUT_EXISTS = "rollout.exists"

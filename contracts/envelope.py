@@ -20,6 +20,7 @@ from loopback.contracts.keys import PublicKey, SigningKey
 COMMAND: Final = "application/vnd.loopback.command+json"
 POLICY: Final = "application/vnd.loopback.policy+json"
 DESIRED: Final = "application/vnd.loopback.desired+json"
+ROSTER: Final = "application/vnd.loopback.roster+json"
 REPORT: Final = "application/vnd.loopback.report+json"
 CLAIM: Final = "application/vnd.loopback.claim+json"
 RENEW: Final = "application/vnd.loopback.renew+json"

@@ -28,6 +28,7 @@ CAN: Final = (
     "back-and-forth",
     "stretch-trial",
     "withhold",
+    "leave-out",
     "misreport",
     "generation-step",
 )
@@ -42,6 +43,7 @@ CANNOT: Final = (
     "outside-times",
     "older-policy",
     "older-rollout",
+    "put-in",
     "skip-trial",
     "retry-failed",
     "owner-allow-list",
@@ -150,6 +152,13 @@ def _can(start: RolloutStart, rules: WorkspaceRules, hosts: Sequence[str]) -> It
         says="tell some hosts, or all, nothing: neither of this rollout nor of its way back, of other rollouts or "
         "of new records; they stay as they are",
     )
+    if scope.policy is not None:
+        yield Exposure(
+            id="leave-out",
+            can=True,
+            says="leave hosts out of the policy's sets that labels fill, where it has such, as if their records were "
+            "not there; and show them, or a pool, as they were before an operator's last word",
+        )
     yield Exposure(
         id="misreport",
         can=True,
@@ -226,6 +235,13 @@ def _cannot(start: RolloutStart, rules: WorkspaceRules, hosts: Sequence[str]) ->
         says=f"use this signature on a host that remembers a rollout of {start.module} that was signed later, "
         "but for the way back",
     )
+    if scope.policy is not None:
+        yield Exposure(
+            id="put-in",
+            can=False,
+            says="put an address into such a set that no admin or balancer signed for, or that left it, or more than "
+            "the policy's own 'within' and 'max' let in",
+        )
     if not scope.absent:
         yield Exposure(
             id="skip-trial",

@@ -22,6 +22,7 @@ from loopback.contracts.desired import Running
 from loopback.contracts.envelope import Envelope, payload_of
 from loopback.contracts.messages import RolloutAbort, RolloutStart, Verdict, decode_command
 from loopback.contracts.reports import Phase
+from loopback.contracts.roster import Source
 
 Health = Literal["ok", "degraded", "failed", "unknown"]
 
@@ -46,7 +47,7 @@ class Created(Event, frozen=True, tag="created"):
     """An operator's command was accepted. `members` are in the order in which waves take them.
 
     `envelope` is the signed RolloutStart, whole; `traceparent` its trace, of which every later decision is a part; `size`
-    is the package's in bytes. It waits for `approvals_needed` other operators' signatures.
+    is the package's in bytes. It waits for `approvals_needed` other operators' signatures. `sources` fill the policy's sets.
     """
 
     envelope: Envelope
@@ -62,6 +63,7 @@ class Created(Event, frozen=True, tag="created"):
     policy_serial: int = 0
     traceparent: str = ""
     approvals_needed: int = 0
+    sources: tuple[Source, ...] = ()
 
     def start(self) -> RolloutStart:
         """The command inside the envelope. Raises Refused(COMMAND_MALFORMED) where it is another one."""

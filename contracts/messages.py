@@ -17,6 +17,7 @@ from loopback.contracts.abi import MAX_CONTENT
 from loopback.contracts.codes import Refusal
 from loopback.contracts.decoding import Decoder, Time
 from loopback.contracts.envelope import Envelope
+from loopback.contracts.roster import Source
 
 Environment = Literal["production", "staging", "sandbox"]
 
@@ -93,6 +94,19 @@ class HostMove(Command, frozen=True, tag_field="type", tag="host.move"):
     to: str
     labels: dict[str, str] = {}
     addresses: tuple[str, ...] = ()
+
+
+class PoolPut(Command, frozen=True, tag_field="type", tag="pool.put"):
+    """The addresses of a load balancer's pool, all of them. Verb `pool-put` of eligibility.
+
+    `serial` only grows: hosts that saw one take no earlier word on this pool. `absent` takes the pool away; sets that it
+    filled are empty then.
+    """
+
+    pool: str
+    serial: int
+    addresses: tuple[str, ...] = ()
+    absent: bool = False
 
 
 class ReleasePublish(Command, frozen=True, tag_field="type", tag="release.publish"):
@@ -223,6 +237,7 @@ AnyCommand = (
     | HostPut
     | HostInvite
     | HostMove
+    | PoolPut
     | ReleasePublish
     | MetadataPublish
     | RolloutStart
@@ -245,7 +260,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Its digest, everywhere, is the SHA-256 of the envelope's JSON bytes. `content` is what the module understands: for the
     firewall, the policy language as plain JSON values. Where it is too large for an envelope, it is null, and `blob` says what
-    it is: the signature covers it through that digest. `serial` only grows within (workspace, module).
+    it is: the signature covers it through that digest. `serial` only grows within (workspace, module). `sources` says what
+    fills which of its sets, by their names: what activation keeps rosters of, and what a host follows (see `roster`).
     """
 
     workspace: str
@@ -255,6 +271,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     content: msgspec.Raw
     issued_at: Time
     blob: Blob | None = None
+    sources: dict[str, Source] = {}
 
     def __post_init__(self) -> None:
         if self.blob is not None and bytes(self.content) != b"null":
@@ -297,7 +314,7 @@ class JournalEntry(
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="record", omit_defaults=True):
-    """A record that eligibility accepted: the operator-signed command, whole. kind: workspace, entitlement, host, invite.
+    """A record that eligibility accepted: the operator-signed command, whole. kind: workspace, entitlement, host, invite, pool.
 
     `sequence` is the command's place in LB_CMD: of two records of one name, the higher one holds. A host's record is read
     with `hostrecord.read`; `claim` is the host's own word, where the operator's was an invitation.

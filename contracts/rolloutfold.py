@@ -182,8 +182,8 @@ def _apply(workspace: Workspace, rollout: Rollout, event: journal.AnyEvent, at: 
             rollout.state, rollout.reason, rollout.by = State.CANCELED, reason, by
         case journal.RolloutRefused(refusal=refusal):
             rollout.state, rollout.refusal, rollout.reason = State.CANCELED, refusal, refusal.reason
-        case journal.Created():
-            pass  # it made the rollout
+        case journal.Created(sources=sources):
+            workspace.sources |= {source.key: source for source in sources}
 
 
 def _started(workspace: Workspace, rollout: Rollout, event: journal.Started, at: datetime) -> None:

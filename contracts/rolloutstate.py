@@ -19,6 +19,7 @@ from loopback.contracts.desired import Running
 from loopback.contracts.envelope import Envelope
 from loopback.contracts.messages import RolloutStart, Verdict
 from loopback.contracts.reports import Phase
+from loopback.contracts.roster import Source
 
 
 class State(StrEnum):
@@ -278,6 +279,7 @@ class Workspace:
         self.hosts: dict[str, HostLedger] = {}
         self.attention: dict[str, None] = {}  # rollouts in which something may be to decide
         self.serials: dict[str, tuple[int, str]] = {}  # module → last policy serial in use, and its digest
+        self.sources: dict[str, Source] = {}  # what fills sets of policies that were ever accepted, by key
         self.links = 0  # so many links are in `head`, the workspace's chain (see `journal.chained`)
         self.head = ""
 

@@ -3,9 +3,9 @@
 Ids become subject tokens through one function, `token`, because versions and host names contain dots. Tokens are lower
 case, since NATS lower-cases the tags from which a host's permissions are filled in.
 
-Streams: LB_CMD (commands), LB_WS_<workspace> (one decision stream each: results, journal, rollouts, desired states),
-LB_FLEET (records, offers, verdicts, presence), LB_FROM (signed host reports), LB_OTLP (host telemetry, in memory),
-LB_CATALOG, LB_BLOB and LB_TUF (releases, content, repository metadata).
+Streams: LB_CMD (commands), LB_WS_<workspace> (one decision stream each: results, journal, rollouts, desired
+states), LB_FLEET (records, offers, verdicts, presence), LB_ROSTER (what fills sets), LB_FROM (signed host
+reports), LB_OTLP (host telemetry, in memory), LB_CATALOG, LB_BLOB and LB_TUF (releases, content, repository metadata).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ EVERY: Final = "*"  # in a filter, in the place of a name
 
 STREAM_COMMANDS: Final = "LB_CMD"
 STREAM_FLEET: Final = "LB_FLEET"
+STREAM_ROSTERS: Final = "LB_ROSTER"
 STREAM_REPORTS: Final = "LB_FROM"
 STREAM_OTLP: Final = "LB_OTLP"
 STREAM_CATALOG: Final = "LB_CATALOG"
@@ -137,8 +138,23 @@ def from_host(workspace: str, host: str, what: str) -> str:
 
 
 def record(workspace: str, kind: str, name: str) -> str:
-    """A signed record that eligibility accepted; kind is `workspace`, `entitlement` or `host`."""
+    """A signed record that eligibility accepted; kind is `workspace`, `entitlement`, `host`, `invite` or `pool`."""
     return f"lb.ws.{_or_star(workspace)}.record.{kind}.{_or_star(name)}"
+
+
+def roster(workspace: str, key: str) -> str:
+    """Who fills sets from one source, as activation writes it; republished to `rosters` once stored. `key`: Source.key."""
+    return f"lb.ws.{_or_star(workspace)}.roster.{_or_star(key)}"
+
+
+def rosters(workspace: str, key: str) -> str:
+    """Where hosts of the workspace hear of it."""
+    return f"lb.ws.{token(workspace)}.rosters.{_or_star(key)}"
+
+
+def slice_of(workspace: str, key: str, number: int) -> str:
+    """Slice number `number`, from 0, of a roster."""
+    return f"lb.ws.{token(workspace)}.slice.{token(key)}.{number}"
 
 
 def offer(workspace: str, host: str) -> str:

@@ -18,6 +18,7 @@ from loopback.contracts.keys import PublicKey
 
 TARGET: Final = "trust.json"
 EVERY_WORKSPACE: Final = "*"
+EVERY_POOL: Final = "*"
 
 
 class Role(StrEnum):
@@ -27,15 +28,20 @@ class Role(StrEnum):
     AUTHOR = "author"  # signs policies
     APPROVER = "approver"  # second signature
     RELEASER = "releaser"  # publishes releases, starts rollouts
+    BALANCER = "balancer"  # says which addresses its own pools have: a load balancer's account
     ADMIN = "admin"  # workspaces, entitlements, host records
 
 
-class Operator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A person: `public_key` in hex, `roles` by workspace (`*` for every one)."""
+class Operator(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A person, or a load balancer: `public_key` in hex, `roles` by workspace (`*` for every one).
+
+    `pools` names those that the role balancer is about (`*`: any); without them it may say nothing of any pool.
+    """
 
     name: str
     public_key: str
     roles: dict[str, tuple[Role, ...]]
+    pools: tuple[str, ...] = ()
 
 
 class Floor(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -156,6 +162,23 @@ class Trust:
         return WorkspaceRules(
             regulated=every.regulated or own.regulated, publishers=publishers, floors=floors
         )
+
+    def authorise_pool(self, keyids: tuple[str, ...], pool: str, workspace: str) -> tuple[str, ...]:
+        """The names of those among `keyids` who may say what this pool has: its balancers, and admins of the workspace.
+
+        Raises Refused(COMMAND_UNAUTHORISED) where there is none.
+        """
+        names = self.authorise(keyids, Role.BALANCER, workspace)
+        admins = {self.operators[k].name for k in keyids if Role.ADMIN in self.roles(k, workspace)}
+        pools = {self.operators[k].name: self.operators[k].pools for k in keyids if k in self.operators}
+        found = tuple(n for n in names if n in admins or {pool, EVERY_POOL} & set(pools[n]))
+        if not found:
+            raise Refused(
+                Code.COMMAND_UNAUTHORISED,
+                f"the pool {pool!r} is not among the pools of {', '.join(names)}",
+                "ask an admin, or have the trust document changed ('loopback keys operator NAME --pool …')",
+            )
+        return found
 
     def authorise(self, keyids: tuple[str, ...], role: Role, workspace: str) -> tuple[str, ...]:
         """The names of the operators among `keyids` who have `role` (or admin) in `workspace`.

@@ -32,6 +32,7 @@ from loopback.host.apply import Change, Means
 from loopback.host.config import HostConfig
 from loopback.host.decide import Checked
 from loopback.host.disk import Disk
+from loopback.host.filling import Filler
 from loopback.host.lifetime import alone, stopping_signals
 from loopback.host.link import Link, signing_key
 from loopback.host.process import direct
@@ -40,7 +41,7 @@ from loopback.host.scope import Answer, Identity
 from loopback.host.spawner_client import SpawnerClient
 from loopback.host.state import ModuleState, Store
 from loopback.host.supervisor import Supervisor
-from loopback.host.trusted import HostTrust
+from loopback.host.trusted import HostTrust, read_root
 from loopback.host.voice import Voice
 
 LOOK_S: Final = 60.0  # between looks at the own desired state, with as much again of jitter
@@ -116,7 +117,11 @@ class Agent:
             self._bind()
             self.link = Link(
                 self.config, self._on_join, self._on_desired, key=self.key, jwt=self.identity.jwt,
-                told=lambda data: self.keeper.told(data),
+                told=lambda data: self.keeper.told(data), heard=lambda key, data: self.filler.heard(key, data),
+            )  # fmt: skip
+            self.filler = Filler(
+                self.store, self.link, self.supervisors, lambda: self.trust.trust, self._renew_trust,
+                lambda: self.config, self._now, self._changed,
             )  # fmt: skip
             self.keeper = identities.Keeper(
                 self.identity, self.link, trust=lambda: self.trust.trust, renew_trust=self._renew_trust,
@@ -133,8 +138,9 @@ class Agent:
             send = self.reporter.otlp if self.config.otel else (lambda kind, payload: None)
             spans = otel.provider(self.config.host, self.config.workspace, send)
             self.tracer = spans.get_tracer("loopback.host", loopback.__version__)
-            root = self._read_root()
-            self.trust = HostTrust(self.store, root, self.link.get, lambda: self.link.connected)
+            self.trust = HostTrust(
+                self.store, read_root(self.config), self.link.get, lambda: self.link.connected
+            )
             await self.trust.load()
             self._recover()
             self._settle()  # a move that was cut off
@@ -148,15 +154,6 @@ class Agent:
                 await self.link.close()
                 if self.spawner is not None:
                     await self.spawner.close()
-
-    def _read_root(self) -> bytes:
-        try:
-            return self.config.root.read_bytes()
-        except OSError as error:
-            raise Refused(
-                Code.CONFIG_INVALID, f"the pinned root {self.config.root} cannot be read: {error.strerror}",
-                "copy root.json beside host.toml",
-            ) from None  # fmt: skip
 
     def _bind(self) -> None:
         """Take a new incarnation where this state directory comes from another machine."""
@@ -241,6 +238,7 @@ class Agent:
             group.create_task(self.reporter.run())
             group.create_task(self._reconcile_all())
             group.create_task(self._look())
+            group.create_task(self.filler.run())
             group.create_task(self.voice.beat())
             group.create_task(self.voice.measure())
             if self.listening is not None:
@@ -267,6 +265,7 @@ class Agent:
         self._joined.set()
         self.voice.introduce()
         self.voice.forget()
+        self.filler.look()
         self._changed()
 
     async def _on_desired(self, data: bytes, headers: dict[str, str]) -> None:
@@ -441,6 +440,7 @@ class Agent:
                 self.spawner.prepare()
             means = Means(
                 get=self.link.get,
+                fills=self.filler.contents,
                 probe=self.link.probe,
                 repository=self.trust.repository,
                 changed=self._changed,
@@ -453,6 +453,7 @@ class Agent:
                 self._keep_state()
                 self._change = None
                 supervisor.wake()
+                self.filler.look()
 
     def _decline(self, entry: DesiredModule, why: Refusal) -> None:
         """Answer for a module that may not run here; nothing of it is written, and only the newest few are remembered."""

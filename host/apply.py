@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -19,10 +19,12 @@ from opentelemetry import trace
 from loopback.contracts import abi
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.desired import DesiredModule, Running
+from loopback.contracts.messages import Policy
 from loopback.contracts.reports import Phase
 from loopback.contracts.trustdoc import Trust
 from loopback.host import install, transitions, trial
 from loopback.host.connections import own_connections
+from loopback.host.fills import keep
 from loopback.host.plan import Step, StepName, Undo, plan
 from loopback.host.process import ModuleProcess
 from loopback.host.state import ModuleState, ModuleStore, Store
@@ -45,9 +47,10 @@ _SPANS: Final = {StepName.START_TRIAL: "start", StepName.CONFIGURE: "attach", St
 
 
 class Means(msgspec.Struct, frozen=True, kw_only=True):
-    """What a change needs of the world: content by subject, a probe on a new connection, verified metadata."""
+    """What a change needs of the world: content by subject, what fills sets, a probe on a new connection, verified metadata."""
 
     get: Get
+    fills: Callable[[Policy], Awaitable[dict[str, abi.Filled]]]
     probe: trial.Probe
     repository: TrustedRepository
     changed: Callable[[], None]
@@ -237,8 +240,12 @@ class Change:
         content = await asyncio.to_thread(install.policy_content, self.store, self._target)
         assert content is not None
         control = await asyncio.to_thread(own_connections)
-        for key, value in (await stage(self._process, self._target, content, control)).items():
+        policy = await asyncio.to_thread(install.read_policy, self.store, self._target)
+        fills = await self.means.fills(policy)
+        for key, value in (await stage(self._process, self._target, content, control, fills)).items():
             span.set_attribute(f"loopback.policy.{key}", value)
+        if fills:  # the module took them: by them it is put back after a restart
+            await asyncio.to_thread(keep, self.store, self._policy, fills)
 
     async def _commit(self) -> None:
         await self._start_watchdog()

@@ -209,6 +209,14 @@ def policy_content(store: Store, target: Running) -> bytes | None:
     return _content(store, target, policies.kept_policy(_kept(store, target), target))
 
 
+def read_policy(store: Store, target: Running) -> Policy:
+    """The policy of a target that has one, as it was signed and verified when it came. Blocking.
+
+    Raises Refused: POLICY_MALFORMED, HOST_DISK.
+    """
+    return policies.kept_policy(_kept(store, target), target)
+
+
 def _kept(store: Store, target: Running) -> bytes:
     assert target.policy is not None
     data = store.disk.read(store.policy_path(target.policy))

@@ -68,9 +68,11 @@ class Link:
         key: SigningKey,
         jwt: Callable[[], str],
         told: Callable[[bytes], None],
+        heard: Callable[[str, bytes], None] = lambda key, data: None,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """`jwt` is asked for the credentials of each connection, `told` gets what is said of this host's identity.
+        """`jwt` is asked for the credentials of each connection, `told` gets what is said of this host's identity, `heard` each
+        roster that `follow` asked for, by its key.
 
         `chance` is a number from 0 to 1, for jitter.
         """
@@ -80,6 +82,8 @@ class Link:
         self._key = key
         self._jwt = jwt
         self._told = told
+        self._heard = heard
+        self._keys: set[str] = set()
         self._chance = chance
         self._nc: Client | None = None
         self._ended = asyncio.Event()
@@ -181,6 +185,20 @@ class Link:
             raise _unreachable("there is no connection to the broker")
         return await direct_get(nc, self._stream_of(subject), subject)
 
+    async def follow(self, key: str) -> None:
+        """Hear of this roster from now on, over every connection."""
+        if key not in self._keys:
+            self._keys.add(key)
+            if self._nc is not None:
+                await self._listen(self._nc, key)
+
+    async def _listen(self, nc: Client, key: str) -> None:
+        async def heard(message: Msg) -> None:
+            self._heard(key, message.data)
+
+        with contextlib.suppress(nats.errors.Error):  # it is ending, and the next one listens too
+            await nc.subscribe(subjects.rosters(self.config.workspace, key), cb=heard)
+
     async def own_desired(self) -> tuple[bytes, dict[str, str]] | None:
         """The host's own last desired state, or None where there is none. Raises Refused(BLOB_MISSING)."""
         return await self.get(self._subject)
@@ -261,6 +279,8 @@ class Link:
             for what, callback in (("desired", arrived), ("identity", told)):
                 subject = subjects.to_host(self.config.workspace, self.config.host, what)
                 await nc.subscribe(subject, cb=callback)
+            for key in self._keys:
+                await self._listen(nc, key)
         except BaseException:
             await disconnect(nc)  # also one that was cut off while it was made: its socket would stay
             raise
@@ -280,7 +300,10 @@ class Link:
     def _stream_of(self, subject: str) -> str:
         if subject.startswith("lb.blob."):
             return subjects.STREAM_BLOBS
-        return subjects.STREAM_TUF if subject.startswith("lb.tuf.") else self._stream
+        if subject.startswith("lb.tuf."):
+            return subjects.STREAM_TUF
+        rosters = subjects.parse(subject).area in ("roster", "slice")
+        return subjects.STREAM_ROSTERS if rosters else self._stream
 
 
 def hold_off(refusals: int, chance: float) -> float:

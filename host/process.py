@@ -27,6 +27,7 @@ HELLO_S: Final = 30.0  # from start to hello; a third of a second, but a good ve
 REQUEST_S: Final[dict[type, float]] = {
     abi.Configure: 20.0,
     abi.Stage: 30.0,  # 100k rules take seconds
+    abi.Fill: 30.0,
     abi.Commit: 10.0,
     abi.Confirm: 10.0,
     abi.Revert: 10.0,

@@ -2,6 +2,8 @@
 
     state_dir/state.json                        HostState
     state_dir/tuf/  trust/  downloads/  policies/<digest>.json
+    state_dir/policies/<digest>.sets.json       what fills a policy's sets, as its module took it last
+    state_dir/sets/<workspace>.<source>.json    roster.Followed
     state_dir/modules/<module>/state.json       ModuleState, shared with the watchdog under `lock`
     state_dir/modules/<module>/versions/<version>-<digest12>/
     state_dir/modules/<module>/current, trial   links into versions/, derived from state.json
@@ -168,6 +170,7 @@ class Store:
             self.downloads,
             self.trust,
             self.dir / "modules",
+            self.dir / "sets",
         ):
             self.disk.folder(folder)
         found = _decode(self.disk, self.dir / "state.json", HostState)
@@ -198,6 +201,14 @@ class Store:
     def content_path(self, digest: str) -> Path:
         """Where content is kept that a policy names instead of holding it."""
         return self.contents / digest
+
+    def fills_path(self, policy: str) -> Path:
+        """Where what fills its sets is kept."""
+        return self.policies / f"{policy}.sets.json"
+
+    def followed_path(self, workspace: str, key: str) -> Path:
+        """Where a source's roster is kept."""
+        return self.dir / "sets" / f"{subjects.token(workspace)}.{key}.json"
 
     def download_path(self, digest: str) -> Path:
         """Where a package lies until it is unpacked."""

@@ -64,6 +64,7 @@ class Seen(Protocol):
     adopted: bool
     health: HealthReport | None
     problem: Refusal | None
+    unfilled: Refusal | None
     metrics: dict[str, float]
 
 
@@ -88,6 +89,8 @@ def module(state: ModuleState, seen: Seen | None) -> ModuleStatus:
         health, refusal = "failed", refusal or seen.problem
     elif report is not None and report.state != "ok" and state.promoted is not None:
         refusal = refusal or unwell(report, state.promoted)
+    elif seen is not None and seen.unfilled is not None and report is not None:
+        health, refusal = "degraded", refusal or seen.unfilled
     return ModuleStatus(
         module=state.module,
         phase=state.phase,

@@ -16,7 +16,7 @@ import msgspec
 from loopback.contracts import abi
 from loopback.contracts.codes import Refusal, Refused
 from loopback.contracts.desired import Running
-from loopback.host import install, proc, status, transitions
+from loopback.host import fills, install, proc, status, transitions
 from loopback.host.config import HostConfig
 from loopback.host.launch import launch
 from loopback.host.process import ModuleProcess, Starter, direct
@@ -54,6 +54,7 @@ class Supervisor:
         self.adopted = False
         self.health: abi.HealthReport | None = None
         self.problem: Refusal | None = None
+        self.unfilled: Refusal | None = None  # why sets do not hold the newest contents; see filling
         self.metrics: dict[str, float] = {}
         self._failures = 0
         self._wake = asyncio.Event()
@@ -123,7 +124,8 @@ class Supervisor:
         ):
             content = await asyncio.to_thread(install.policy_content, self.store, running)
             assert content is not None
-            await stage(process, running, content)
+            policy = await asyncio.to_thread(install.read_policy, self.store, running)
+            await stage(process, running, content, fills=fills.kept(self.store, running.policy, policy))
             await process.request(abi.Commit(digest=running.policy, trial_s=RESTORE_TRIAL_S))
             await process.request(abi.Confirm(digest=running.policy))
             self.health = await process.health()
@@ -229,9 +231,10 @@ class Supervisor:
 
 
 async def stage(
-    process: ModuleProcess, running: Running, content: bytes, control: list[abi.Connection] | None = None
-) -> dict[str, str]:
-    """Have a policy of this content staged, one that leaves the connections of `control` alone.
+    process: ModuleProcess, running: Running, content: bytes, control: list[abi.Connection] | None = None,
+    fills: dict[str, abi.Filled] | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Have a policy of this content staged, one that leaves the connections of `control` alone; `fills` fills its sets.
 
     Returns what the module says of it. Raises Refused.
     """
@@ -242,6 +245,7 @@ async def stage(
             serial=running.policy_serial,
             content=content,
             control=control,
+            fills=fills or {},
         )
     )
     return done.detail

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.trustdoc import Trust
+from loopback.host.config import HostConfig
 from loopback.host.install import plainly
 from loopback.host.state import Store
 from loopback.trust import blobs
@@ -24,6 +25,17 @@ log = logging.getLogger("loopback.host")
 
 
 Get = Callable[[str], Coroutine[Any, Any, tuple[bytes, dict[str, str]] | None]]
+
+
+def read_root(config: HostConfig) -> bytes:
+    """The root that the machine's owner pinned. Raises Refused(CONFIG_INVALID)."""
+    try:
+        return config.root.read_bytes()
+    except OSError as error:
+        raise Refused(
+            Code.CONFIG_INVALID, f"the pinned root {config.root} cannot be read: {error.strerror}",
+            "copy root.json beside host.toml",
+        ) from None  # fmt: skip
 
 
 class HostTrust:

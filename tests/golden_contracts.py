@@ -27,6 +27,7 @@ from loopback.contracts import (
     journal,
     messages,
     reports,
+    roster,
     subjects,
     trustdoc,
     view,
@@ -164,6 +165,8 @@ def goldens() -> Iterator[Golden]:
         yield from _json(fact)
     yield Golden("policy.blob.json", messages.decode_policy, _pretty, _policy_apart)
     yield from _json(desired.DesiredState, desired.decode)
+    yield from _json(roster.Roster, roster.decode)
+    yield from _json(roster.Slice, roster.decode_slice)
     for report in get_args(reports.AnyReport):
         yield from _json(report, reports.decode)
     yield from _json(view.HostView, view.decode)
@@ -190,6 +193,7 @@ def goldens() -> Iterator[Golden]:
         envelope.REPORT,
         envelope.CLAIM,
         envelope.RENEW,
+        envelope.ROSTER,
     ):
         short = payload_type.split(".")[-1].split("+")[0]
         yield Golden(
@@ -215,6 +219,9 @@ def subject_table() -> dict[str, str]:
         "from_host": subjects.from_host(ws, host, "status"),
         "from_hosts": subjects.from_host("*", "*", "status"),
         "record": subjects.record(ws, "host", host),
+        "roster": subjects.roster(ws, "ab" * 16),
+        "rosters": subjects.rosters(ws, "ab" * 16),
+        "slice": subjects.slice_of(ws, "ab" * 16, 3),
         "offer": subjects.offer(ws, host),
         "verdict": subjects.verdict(ws, rollout, "delivery"),
         "presence": subjects.presence(ws, host),

@@ -22,7 +22,8 @@ EVERYBODY = (OPERATOR, HOST, ENROL, *SERVICES)
 #: `admin` makes the streams and is used by nobody else; it may do everything, and there is nothing to compare.
 STREAMS = (
     subjects.STREAM_COMMANDS, subjects.STREAM_FLEET, subjects.STREAM_REPORTS, subjects.STREAM_OTLP, subjects.STREAM_CATALOG,
-    subjects.STREAM_BLOBS, subjects.STREAM_TUF, view.STREAM, "LB_WS_prod", "LB_WS_other", "LB_WS_global", "ANOTHER",
+    subjects.STREAM_BLOBS, subjects.STREAM_TUF, subjects.STREAM_ROSTERS, view.STREAM, "LB_WS_prod", "LB_WS_other",
+    "LB_WS_global", "ANOTHER",
 )  # fmt: skip
 WORKSPACE_STREAMS = ("LB_WS_prod", "LB_WS_other", "LB_WS_global", "ANOTHER")
 
@@ -94,6 +95,8 @@ def rows() -> Iterator[Row]:
     yield Row("publish", "lb.tuf.*", ("delivery",), "repository metadata")
     yield Row("publish", "lb.ws.*.rollout.*.*", ("activation",), "rollouts' journals")
     yield Row("publish", "lb.ws.*.desired.*", ("activation",), "desired states")
+    yield Row("publish", "lb.ws.*.roster.*", ("activation",), "who fills sets")
+    yield Row("publish", "lb.ws.*.slice.*.*", ("activation",), "the same, in parts")
     yield Row("publish", "lb.ws.*.presence.*", ("telemetry",), "lost hosts")
     yield Row("publish", "$KV.LB_VIEW.>", ("telemetry",), "the fleet view")
     yield Row("publish", "$JS.API.STREAM.CREATE.*", ("eligibility",), "a new workspace's stream")
@@ -109,6 +112,10 @@ def rows() -> Iterator[Row]:
     yield Row("subscribe", "lb.ws.prod.to.web-1.>", (HOST,), "what it is told")
     yield Row("subscribe", "_INBOX.web-1.>", (HOST,), "answers to it")
     yield Row("publish", "$JS.API.DIRECT.GET.*.lb.ws.prod.desired.web-1", (HOST,), "its own desired state")
+    for rosters in ("lb.ws.prod.rosters.*", "lb.ws.prod.rosters.>"):  # as with lb.enrol
+        yield Row("subscribe", rosters, (HOST,), "who fills sets in its workspace")
+    yield Row("publish", "$JS.API.DIRECT.GET.LB_ROSTER.lb.ws.prod.roster.*", (HOST,), "the same, read again")
+    yield Row("publish", "$JS.API.DIRECT.GET.LB_ROSTER.lb.ws.prod.slice.*.*", (HOST,), "the same, in parts")
     yield Row("publish", "$JS.API.DIRECT.GET.LB_BLOB.lb.blob.>", (HOST,), "content, by its digest")
     yield Row("publish", "$JS.API.DIRECT.GET.LB_TUF.lb.tuf.>", (HOST,), "signed metadata")
     # Reading streams. Workspaces' streams share no token that a wildcard could name, so `*` stands in their place, and
@@ -123,7 +130,9 @@ def rows() -> Iterator[Row]:
         )
         for durable in subjects.DURABLES[service]:
             yield from works(service, durable)
-    shared = (subjects.STREAM_FLEET, subjects.STREAM_CATALOG, subjects.STREAM_COMMANDS, *WORKSPACE_STREAMS)
+    shared = (
+        subjects.STREAM_FLEET, subjects.STREAM_CATALOG, subjects.STREAM_COMMANDS, subjects.STREAM_ROSTERS, *WORKSPACE_STREAMS,
+    )  # fmt: skip
     for service in ("eligibility", "activation"):
         for stream in (*shared, subjects.STREAM_REPORTS):
             yield from reads((service,), stream, "decisions, records, releases, reports")
@@ -202,6 +211,10 @@ def subjects_of() -> list[str]:
                 found[subjects.command(workspace, service, verb)] = None
             found[subjects.journal(workspace, service, "accepted")] = None
             found[subjects.verdict(workspace, "r1", service)] = None
+        for made in (subjects.roster(workspace, SHA), subjects.slice_of(workspace, SHA, 1)):
+            found[made] = None
+            found[subjects.direct_get("LB_ROSTER", made)] = None
+        found[subjects.rosters(workspace, SHA)] = None
         found[subjects.result(workspace, "c1")] = None
         found[subjects.rollout(workspace, "r1", "created")] = None
         for kind in ("workspace", "entitlement"):
@@ -241,7 +254,8 @@ def subjects_of() -> list[str]:
 #: What somebody who wants to hear everything would try.
 WIDE = (
     ">", "*.>", "lb.>", "lb.ws.>", "lb.ws.*.to.>", "lb.ws.prod.>", "lb.ws.prod.to.*.desired", "lb.ws.*.to.web-1.desired",
-    "lb.ws.prod.from.>", "lb.ws.*.cmd.>", "lb.blob.>", "lb.tuf.>", "lb.catalog.>", "lb.enrol.>", "_INBOX.>", "_INBOX.*.x",
+    "lb.ws.prod.from.>", "lb.ws.*.cmd.>", "lb.ws.*.rosters.*", "lb.ws.prod.roster.*", "lb.ws.prod.rosters.>",
+    "lb.blob.>", "lb.tuf.>", "lb.catalog.>", "lb.enrol.>", "_INBOX.>", "_INBOX.*.x",
     "_INBOX.web-1.>", "_INBOX.web-2.>", "_INBOX.operator.>", "$JS.>", "$JS.API.>", "$KV.>", "$SRV.>", "$SYS.>",
     "$NRG.>", "$JSC.>",
 )  # fmt: skip

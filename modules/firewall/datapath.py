@@ -72,6 +72,9 @@ class Datapath(Holding):
         self._staged: int | None = None  # epochs
         self._committed: int | None = None
         self._policy: tuple[int, FirewallPolicy] | None = None  # what was staged last, by epoch
+        self._kept: Promoted | None = (
+            None  # what was confirmed last, by this process; the disk has it a little later
+        )
         self.adopted = False
         self._configure()
         if root:
@@ -100,6 +103,18 @@ class Datapath(Holding):
         """The digest of the policy in force."""
         record = self._record(self.generation)
         return record.digest if record else None
+
+    @property
+    def filled(self) -> dict[str, int]:
+        """How many prefixes each set has that others fill, in the policy in force."""
+        return record.filled if (record := self._record(self.generation)) else {}
+
+    def known(self, digest: str) -> FirewallPolicy | None:
+        """The policy in force, where it is this one and is remembered."""
+        if self._policy is not None and self._policy[0] & 0xFFFF == self.generation:
+            return self._policy[1] if digest == self.digest else None
+        kept = self._kept or self._store.promoted()
+        return kept.policy if kept is not None and kept.digest == digest == self.digest else None
 
     def _record(self, epoch: int) -> SlotRecord | None:
         if not epoch:
@@ -181,7 +196,7 @@ class Datapath(Holding):
             self._store.set_identities(identities)
         if others:
             self._take_base(others[0])
-        epoch = self._write(compiled, digest, self._next_epoch())
+        epoch = self._write(compiled, policy, digest, self._next_epoch())
         self._staged, self._policy = None, (epoch, policy)
         self.prove(policy, epoch & 1)
         self._staged = epoch
@@ -343,7 +358,7 @@ class Datapath(Holding):
         self._store.set_trial(None)
         self._pins.forget_others()
         if record is not None and self._policy is not None and self._policy[0] == record.epoch:
-            kept = Promoted(epoch=record.epoch, digest=record.digest, policy=self._policy[1])
+            self._kept = kept = Promoted(epoch=record.epoch, digest=record.digest, policy=self._policy[1])
             self._threads.submit(self._promote, kept)
 
     def _promote(self, kept: Promoted) -> None:

@@ -18,6 +18,7 @@ from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import compile as compiler
 from loopback.modules.firewall import pins
 from loopback.modules.firewall.attach import Attachment, Attachments
+from loopback.modules.firewall.model import FirewallPolicy
 from loopback.modules.firewall.pins import Pins
 from loopback.modules.firewall.slots import Slots
 from loopback.modules.firewall.store import Room, SlotRecord, Store
@@ -89,9 +90,15 @@ class Holding:
             epoch += 1
         return epoch
 
-    def _write(self, compiled: compiler.Compiled, digest: str, epoch: int) -> int:
+    def _write(self, compiled: compiler.Compiled, policy: FirewallPolicy, digest: str, epoch: int) -> int:
         """Fill the slot of an epoch, and remember what it holds."""
-        record = SlotRecord(epoch=epoch, digest=digest, interfaces=compiled.interfaces, names=compiled.names)
+        record = SlotRecord(
+            epoch=epoch,
+            digest=digest,
+            interfaces=compiled.interfaces,
+            names=compiled.names,
+            filled={name: len(policy.sets[name]) for name in policy.filled},
+        )
         self._store.set_slot(epoch & 1, record)
         self._slots.write(epoch, compiled)
         return epoch
@@ -185,7 +192,7 @@ class Holding:
         if (half, counters) != (self._pins.half, self._pins.counters):
             self._grow(half, counters)
         self._store.set_identities(identities)
-        written = self._write(compiled, base.digest, base.epoch if epoch else self._next_epoch())
+        written = self._write(compiled, base.policy, base.digest, base.epoch if epoch else self._next_epoch())
         if not epoch:
             self._maps["active"].store_word(layout.active_word(written))
 

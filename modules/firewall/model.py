@@ -96,10 +96,24 @@ class PacketTest(msgspec.Struct, frozen=True):
     line: int = 0
 
 
+class FilledSet(msgspec.Struct, frozen=True, kw_only=True):
+    """A set that is filled by the hosts with these labels, or by a pool: its bounds, and the prefixes that it always has."""
+
+    labels: dict[str, str] = {}
+    pool: str = ""
+    within: tuple[Prefix, ...]
+    max: int
+    prefixes: PrefixTable = PrefixTable()
+
+
 class FirewallPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole policy. `sets` maps a name to its prefixes: tables, as the parser makes them, or what `PrefixTable.of` takes."""
+    """A whole policy. `sets` maps a name to its prefixes: tables, as the parser makes them, or what `PrefixTable.of` takes.
+
+    `filled` has those of them that others fill; until then they hold their own prefixes (see `filling`).
+    """
 
     default: dict[Direction, Action]
     sets: Mapping[str, PrefixTable | tuple[Prefix, ...]] = {}
     rules: tuple[Rule, ...] = ()
     tests: tuple[PacketTest, ...] = ()
+    filled: Mapping[str, FilledSet] = {}

@@ -23,6 +23,7 @@ from loopback.modules.firewall import live
 from loopback.modules.firewall import policy as policies
 from loopback.modules.firewall.attach import Attachment
 from loopback.modules.firewall.datapath import Datapath
+from loopback.modules.firewall.filling import filled
 from loopback.modules.firewall.pins import nothing_pinned
 from loopback.modules.firewall.policy_fields import Wrong, prefix
 from loopback.modules.firewall.prefixes import Prefix
@@ -65,6 +66,8 @@ class FirewallModule(Module):
         self._cover: asyncio.Task[None] | None = None
         self._staged: str | None = None
         self._committed: str | None = None
+        self._filling = False  # what is staged or on trial are other contents of sets
+        self._unfilled: Refused | None = None  # why the newest contents of sets do not hold
 
     async def configure(self, request: abi.Configure) -> None:
         """Open the datapath and take over what is pinned. What the kernel lacks is told by `health`, not raised."""
@@ -171,7 +174,8 @@ class FirewallModule(Module):
         Raises Refused POLICY_*.
         """
         policy = await asyncio.to_thread(policies.parse, request.content, "policy.json")
-        self._staged = None
+        policy = filled(policy, request.fills)
+        self._staged, self._filling = None, False
         if self._opening is not None and not self._opening.done():
             await asyncio.to_thread(compiler.foresee, policy, self._memory)
         detail = await self._do(lambda d: d.stage(policy, request.digest))
@@ -194,6 +198,30 @@ class FirewallModule(Module):
         shown = ", ".join(f"{live.plain(one.remote)} at port {one.local_port}" for one in meant[:SHOWN])
         return {"ends": shown + (f" and {len(meant) - SHOWN} more" if len(meant) > SHOWN else "")}
 
+    async def fill(self, request: abi.Fill) -> dict[str, str]:
+        """Stage the policy in force with other contents of its sets: no rule is read again, and none compiled
+        but those that name them.
+
+        They go the way of every change: proven in the idle slot, committed by one store, back by another. What is refused
+        leaves the last contents. Raises Refused SET_*, POLICY_TEST_FAILED, MODULE_ABI where that policy is not in force.
+        """
+        base = await self._do(lambda d: d.known(request.digest))
+        if base is None:
+            raise Refused(
+                Code.MODULE_ABI, f"policy {request.digest} is not in force here", "stage it with its sets"
+            )
+        self._staged = None
+        try:
+            policy = filled(base, request.fills)
+            detail = await self._do(lambda d: d.stage(policy, request.digest))
+            if request.control is not None:
+                detail |= await self._prove_live(request.control)
+        except Refused as refused:
+            self._unfilled = refused
+            raise
+        self._staged, self._filling = request.digest, True
+        return detail
+
     async def commit(self, request: abi.Commit) -> None:
         """Attach where needed and switch. Raises Refused(MODULE_ABI) for another policy than the staged one."""
         if request.digest != self._staged:
@@ -202,6 +230,8 @@ class FirewallModule(Module):
             )
         await self._do(lambda d: d.commit(request.trial_s))
         self._committed = self.policy = request.digest
+        if not self._filling:
+            self._unfilled = None  # it brought its sets' contents with it
         self._staged = None
         for one in self._attachments():
             self.event("firewall.device", device=one.device, ingress=one.ingress or "", note=one.note)
@@ -214,12 +244,17 @@ class FirewallModule(Module):
             await self._do(lambda d: d.confirm())
         finally:
             await self._refresh()
+        self._filling, self._unfilled = False, None
 
     async def revert(self, request: abi.Revert) -> None:
         """Back to what held before the commit."""
         if await self._opened() is None:
             return
-        self._staged = None
+        if self._filling:
+            self._unfilled = Refused(
+                Code.HOST_UNCONFIRMED, "other contents of sets were taken back: the last ones hold"
+            )
+        self._staged, self._filling = None, False
         await self._do(lambda d: d.revert())
         await self._refresh()
 
@@ -244,6 +279,8 @@ class FirewallModule(Module):
             "trial": "true" if datapath.on_trial else "false",
             "devices": ", ".join(f"{a.device}={a.ingress or 'none'}" for a in datapath.attachments),
         }
+        if datapath.filled:
+            detail["sets"] = ", ".join(f"{name}={count}" for name, count in datapath.filled.items())
         notes = "; ".join(f"{a.device}: {a.note}" for a in datapath.attachments if a.note)
         if notes:
             detail["notes"] = notes
@@ -264,6 +301,9 @@ class FirewallModule(Module):
         if digest != self._committed:
             reason = "unconfirmed in time: the kernel returned to the policy before"
             return _degraded(Code.HOST_UNCONFIRMED, reason, digest, detail, enforcing=True)
+        if self._unfilled is not None:
+            reason = f"sets keep their last contents: {self._unfilled.reason}"
+            return _degraded(self._unfilled.code, reason, digest, detail, enforcing=True)
         return abi.HealthReport(state="ok", enforcing=True, policy=digest, detail=detail)
 
     async def metrics(self) -> dict[str, float]:
@@ -291,6 +331,8 @@ class FirewallModule(Module):
                     found[f"loopback_firewall_{direction}_{reason}_{word}_packets_total"] = value
             elif len(words) == 1:
                 found[f"loopback_firewall_{name}_total"] = value
+        for name, count in datapath.filled.items():
+            found[f'loopback_firewall_set_prefixes{{set="{name}"}}'] = count
         report = self._watching.report
         if report is not None:
             found["loopback_firewall_shadow_judged_packets"] = report.judged

@@ -18,6 +18,7 @@ from loopback.modules.firewall import policy_fields as fields
 from loopback.modules.firewall.model import (
     Action,
     Direction,
+    FilledSet,
     FirewallPolicy,
     Packet,
     PacketTest,
@@ -77,12 +78,12 @@ class _Reader:
             self.blame(Wrong(f"{quote(top['version'])} is no version of this language", hint), ("version",))
             raise _Enough
         default = self.default(top["default"])
-        sets = self.sets(top.get("sets", {}))
-        rules = self.rules(top.get("rules", []), sets)
+        sets, filled, bounds = policy_rules.parted(self.sets(top.get("sets", {})))
+        rules = self.rules(top.get("rules", []), bounds)
         tests = self.tests(top.get("tests", []))
         if self.wrong:
             raise _Enough
-        return FirewallPolicy(default=default, sets=sets, rules=rules, tests=tests)
+        return FirewallPolicy(default=default, sets=sets, rules=rules, tests=tests, filled=filled)
 
     def default(self, plain: Any) -> dict[Direction, Action]:
         try:
@@ -92,8 +93,8 @@ class _Reader:
             return {}
         return {Direction.INGRESS: found["ingress"], Direction.EGRESS: found["egress"]}
 
-    def sets(self, plain: Any) -> dict[str, PrefixTable]:
-        found: dict[str, PrefixTable] = {}
+    def sets(self, plain: Any) -> dict[str, PrefixTable | FilledSet]:
+        found: dict[str, PrefixTable | FilledSet] = {}
         if not isinstance(plain, dict):
             self.blame(
                 Wrong(
@@ -112,7 +113,7 @@ class _Reader:
             except Wrong as error:
                 self.blame(Wrong(error.message, error.hint, key=True), ("sets", key))
             try:
-                found[key] = policy_rules.label_set(value) if isinstance(value, dict) else prefixes(value)
+                found[key] = policy_rules.filled_set(value) if isinstance(value, dict) else prefixes(value)
             except Wrong as error:
                 self.blame(error, ("sets", key))
         return found

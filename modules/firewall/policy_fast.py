@@ -20,7 +20,14 @@ import msgspec
 
 from loopback.modules.firewall import policy_columns, policy_rules
 from loopback.modules.firewall import policy_fields as fields
-from loopback.modules.firewall.model import Direction, FirewallPolicy, PacketTest, PrefixTable, Rule
+from loopback.modules.firewall.model import (
+    Direction,
+    FilledSet,
+    FirewallPolicy,
+    PacketTest,
+    PrefixTable,
+    Rule,
+)
 from loopback.modules.firewall.policy_fields import Wrong
 from loopback.modules.firewall.policy_tables import (
     DEFAULT,
@@ -81,7 +88,7 @@ class _Memo(Generic[T]):
 
 _rules: Final[_Memo[Rule]] = _Memo()
 _tests: Final[_Memo[PacketTest]] = _Memo()
-_sets: Final[_Memo[PrefixTable]] = _Memo()
+_sets: Final[_Memo[PrefixTable | FilledSet]] = _Memo()
 
 
 _families: dict[str, frozenset[int]] = {}  # of sets; all remembered rules were found to make sense with them
@@ -113,18 +120,18 @@ def _policy(data: bytes) -> FirewallPolicy:
     if not {"version", "default"} <= top.keys() <= POLICY.keys() or bytes(top["version"]) != b"%d" % VERSION:
         raise _NotPlain
     default = read_table(read_json(bytes(top["default"]).decode()), DEFAULT, "default")
-    sets = _named(bytes(top["sets"])) if "sets" in top else {}
+    sets, filled, bounds = policy_rules.parted(_named(bytes(top["sets"])) if "sets" in top else {})
     lined = b"\n" in data.strip()
     items, lines = _items(data, top, places, "rules", MAX_RULES, lined)
     rules = _rules.find(items)
-    _read_rules(items, rules, sets)
+    _read_rules(items, rules, bounds)
     found: list[Rule] = rules  # type: ignore[assignment]  # none is None any more
     if len({rule.name for rule in found}) != len(found):
         raise _NotPlain
     global _families
-    families = {name: policy_rules.set_families(table) for name, table in sets.items()}
+    families = {name: policy_rules.set_families(table) for name, table in bounds.items()}
     if families != _families:
-        _check_sets(found, sets)
+        _check_sets(found, bounds)
     _rules.keep(items, found, only=families != _families)
     _families = families
     if lined:
@@ -134,6 +141,7 @@ def _policy(data: bytes) -> FirewallPolicy:
         sets=sets,
         rules=tuple(found),
         tests=_read_tests(data, top, places, lined),
+        filled=filled,
     )
 
 
@@ -260,7 +268,7 @@ def _fields(plain: Any) -> dict[str, Any]:
     return found
 
 
-def _named(text: bytes) -> dict[str, PrefixTable]:
+def _named(text: bytes) -> dict[str, PrefixTable | FilledSet]:
     """The sets."""
     members, _ = _members(text)
     if len(members) > MAX_SETS:
@@ -271,18 +279,18 @@ def _named(text: bytes) -> dict[str, PrefixTable]:
     for at, table in enumerate(tables):
         if table is None:
             tables[at] = _table(texts[at])
-    found: list[PrefixTable] = tables  # type: ignore[assignment]  # none is None any more
+    found: list[PrefixTable | FilledSet] = tables  # type: ignore[assignment]  # none is None any more
     _sets.keep(keys, found)
     return {fields.name(name): table for name, table in zip(members, found, strict=True)}
 
 
-def _table(text: bytes) -> PrefixTable:
+def _table(text: bytes) -> PrefixTable | FilledSet:
     if text[:1] == b"[":
         found = read_prefixes(text)
         if found is not None and len(found) <= MAX_SET and text.count(b",") < MAX_SET:
             return found
     plain = read_json(text.decode())
-    return policy_rules.label_set(plain) if isinstance(plain, dict) else prefixes(plain)
+    return policy_rules.filled_set(plain) if isinstance(plain, dict) else prefixes(plain)
 
 
 def _check_sets(rules: Sequence[Rule], sets: Mapping[str, PrefixTable]) -> None:

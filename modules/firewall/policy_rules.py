@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from loopback.modules.firewall import policy_fields as fields
-from loopback.modules.firewall.model import Action, Direction, Prefix, PrefixTable, Rule
+from loopback.modules.firewall.filling import inside
+from loopback.modules.firewall.model import Action, Direction, FilledSet, Prefix, PrefixTable, Rule
 from loopback.modules.firewall.policy_fields import ICMP, ICMPV6, WITH_PORTS, Wrong
-from loopback.modules.firewall.policy_tables import LABEL_SET, read_table
+from loopback.modules.firewall.policy_tables import FILLED_SET, read_table
 from loopback.modules.firewall.policy_text import quote
 
 Sets = Mapping[str, PrefixTable]
@@ -17,37 +18,48 @@ _FAMILY_OF: Final = {ICMP: 4, ICMPV6: 6}
 _FEW: Final = 16  # prefixes of a set that decide on its families; a longer one may be filled with the other
 
 
-def label_set(plain: dict[str, Any]) -> PrefixTable:
-    """A set that is described by labels, as far as it was filled. Raises Wrong."""
-    found = read_table(plain, LABEL_SET, "set by labels")
-    if "prefixes" not in found:
+def filled_set(plain: dict[str, Any]) -> FilledSet:
+    """A set that is filled by hosts' labels or by a pool, with its bounds. Raises Wrong."""
+    found = read_table(plain, FILLED_SET, "set that is filled")
+    if ("labels" in found) == ("pool" in found):
         raise Wrong(
-            "sets by label are not available yet: nothing fills this one",
-            "list its addresses under 'prefixes', which are then held to 'within' and 'max'",
+            "a set that is filled needs 'labels' or 'pool', and not both",
+            "for example labels: {role: web}, or pool: shop",
         )
-    filled: PrefixTable = found["prefixes"]
-    listed = plain["prefixes"] if isinstance(plain["prefixes"], list) else [plain["prefixes"]]
-    if len(listed) > found["max"]:
-        raise Wrong(
-            f"{len(listed)} prefixes are more than the set's own max of {found['max']}", "", ("prefixes",)
-        )
-    if not all(any(_inside(prefix, outer) for outer in found["within"]) for prefix in filled):
-        for index, text in enumerate(listed):  # once more, in the order of the text
-            prefix = fields.prefix(text)
-            if not any(_inside(prefix, outer) for outer in found["within"]):
-                raise Wrong(
-                    f"{fields.show(prefix)} lies outside the set's own 'within'", "", ("prefixes", index)
-                )
-    return filled
-
-
-def _inside(prefix: Prefix, outer: Prefix) -> bool:
-    bits = 32 if prefix.family == 4 else 128
-    return (
-        prefix.family == outer.family
-        and prefix.length >= outer.length
-        and prefix.address >> (bits - outer.length) == outer.address >> (bits - outer.length)
+    own: PrefixTable = found.get("prefixes", PrefixTable())
+    if "prefixes" in plain:
+        listed = plain["prefixes"] if isinstance(plain["prefixes"], list) else [plain["prefixes"]]
+        if len(listed) > found["max"]:
+            raise Wrong(
+                f"{len(listed)} prefixes are more than the set's own max of {found['max']}", "", ("prefixes",)
+            )
+        if not all(any(inside(prefix, outer) for outer in found["within"]) for prefix in own):
+            for index, text in enumerate(listed):  # once more, in the order of the text
+                prefix = fields.prefix(text)
+                if not any(inside(prefix, outer) for outer in found["within"]):
+                    raise Wrong(
+                        f"{fields.show(prefix)} lies outside the set's own 'within'", "", ("prefixes", index)
+                    )
+    return FilledSet(
+        labels=found.get("labels", {}),
+        pool=found.get("pool", ""),
+        within=found["within"],
+        max=found["max"],
+        prefixes=own,
     )
+
+
+def parted(
+    read: Mapping[str, PrefixTable | FilledSet],
+) -> tuple[dict[str, PrefixTable], dict[str, FilledSet], dict[str, PrefixTable]]:
+    """Sets as they were read: their prefixes so far, those that others fill, and what any of them may ever hold.
+
+    The last is for the question which address families a rule can match.
+    """
+    filled = {name: one for name, one in read.items() if isinstance(one, FilledSet)}
+    sets = {name: one.prefixes if isinstance(one, FilledSet) else one for name, one in read.items()}
+    bounds = {name: PrefixTable.of(one.within) for name, one in filled.items()}
+    return sets, filled, {**sets, **bounds}
 
 
 def rule(read: Mapping[str, Any], sets: Sets, line: int) -> Rule:

@@ -184,8 +184,9 @@ def prefixes(value: Any) -> PrefixTable:
     return PrefixTable.of(fields.many(value, fields.prefix, MAX_SET))
 
 
-LABEL_SET: Final = {
-    "labels": Field(_labels, _LABELS_SCHEMA, "labels of the hosts whose addresses fill the set", True),
+FILLED_SET: Final = {
+    "labels": Field(_labels, _LABELS_SCHEMA, "labels of the hosts whose addresses fill the set"),
+    "pool": Field(fields.name, fields.NAME_SCHEMA, "the load balancer's pool that fills the set"),
     "within": Field(
         lambda value: fields.many(value, fields.prefix), {**_PREFIXES_SCHEMA, "minItems": 1},
         "every prefix that fills the set must lie inside one of these", True
@@ -194,7 +195,7 @@ LABEL_SET: Final = {
         lambda value: fields.whole(value, 1, MAX_SET, "size"), {"type": "integer", "minimum": 1, "maximum": MAX_SET},
         "the most prefixes the set may hold", True,
     ),
-    "prefixes": Field(prefixes, _PREFIXES_SCHEMA, "the prefixes it was filled with"),
+    "prefixes": Field(prefixes, _PREFIXES_SCHEMA, "prefixes that are always in it"),
 }  # fmt: skip
 POLICY: Final = {
     "version": Field(_untouched, {"const": VERSION}, "version of this language: 1", True),

@@ -14,7 +14,7 @@ from typing import Any, Final
 from loopback.modules.firewall import policy_fields as fields
 from loopback.modules.firewall.policy_tables import (
     DEFAULT,
-    LABEL_SET,
+    FILLED_SET,
     LIMIT,
     LOG,
     MAX_SET,
@@ -64,7 +64,13 @@ def document() -> dict[str, Any]:
                     "anyOf": [
                         fields.PREFIX_SCHEMA,
                         {"type": "array", "items": fields.PREFIX_SCHEMA, "maxItems": MAX_SET},
-                        _object(LABEL_SET, "a set that is filled from host records, within stated bounds"),
+                        {
+                            **_object(
+                                FILLED_SET,
+                                "a set that is filled by hosts' labels or a pool, within stated bounds",
+                            ),
+                            "oneOf": [{"required": ["labels"]}, {"required": ["pool"]}],
+                        },
                     ]
                 },
             },

@@ -18,12 +18,13 @@ _SLOTS: Final = 2
 
 
 class SlotRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What was written to a slot. `names` are those of its rules, by order."""
+    """What was written to a slot. `names` are those of its rules, by order; `filled` how many prefixes filled sets have."""
 
     epoch: int
     digest: str = ""
     interfaces: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    filled: dict[str, int] = {}
 
 
 class Promoted(msgspec.Struct, frozen=True, kw_only=True):

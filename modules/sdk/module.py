@@ -54,6 +54,10 @@ class Module:
         """Prepare a policy without any effect. What is returned is shown to operators."""
         return {}
 
+    async def fill(self, request: abi.Fill) -> dict[str, str]:
+        """Prepare other contents of sets, for a module whose policies have any."""
+        raise Refused(Code.MODULE_ABI, f"{self.name} has no sets")
+
     async def commit(self, request: abi.Commit) -> None:
         """Switch to the staged policy, on trial."""
 
@@ -185,6 +189,8 @@ class _Session:
                 )
             case abi.Stage():
                 return abi.Done(detail=await module.stage(body))
+            case abi.Fill():
+                return abi.Done(detail=await module.fill(body))
             case abi.Commit():
                 await module.commit(body)
             case abi.Confirm():

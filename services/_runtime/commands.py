@@ -21,7 +21,7 @@ from opentelemetry import metrics, trace
 from loopback.contracts import envelope, events, subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.envelope import Envelope
-from loopback.contracts.messages import AnyCommand, Command, JournalEntry, Result, decode_command
+from loopback.contracts.messages import AnyCommand, Command, JournalEntry, PoolPut, Result, decode_command
 from loopback.contracts.trustdoc import Trust
 from loopback.contracts.verbs import VERBS
 from loopback.services._runtime import tracing, wire
@@ -91,6 +91,8 @@ async def serve_commands(service: Service, handlers: Handlers) -> None:
 
 def authorised(trust: Trust, keyids: tuple[str, ...], command: AnyCommand) -> tuple[str, ...]:
     """The operators by whose role a command may be: `verbs.VERBS` says which. Raises Refused(COMMAND_UNAUTHORISED)."""
+    if isinstance(command, PoolPut):
+        return trust.authorise_pool(keyids, command.pool, command.workspace)
     return trust.authorise(keyids, VERBS[type(command)].role, command.workspace)
 
 

@@ -67,6 +67,16 @@ def configurations(replicas: int = 1) -> list[dict[str, Any]]:
                 "allow_atomic": True,
             },
             {
+                "name": subjects.STREAM_ROSTERS,
+                "subjects": ["lb.ws.*.roster.*", "lb.ws.*.slice.*.*"],
+                "max_msgs_per_subject": 1,
+                "allow_atomic": True,
+                "republish": {
+                    "src": "lb.ws.*.roster.*",
+                    "dest": "lb.ws.{{wildcard(1)}}.rosters.{{wildcard(2)}}",
+                },
+            },
+            {
                 "name": subjects.STREAM_REPORTS,
                 "subjects": [f"lb.ws.*.from.*.{what}" for what in ("inventory", "status", "heartbeat")],
                 # Reports come again anyway; but the server takes this on one server only.

@@ -14,6 +14,7 @@ from loopback.services._runtime.commands import serve_commands
 from loopback.services._runtime.service import Service
 from loopback.services.activation.fleet import Fleet
 from loopback.services.activation.handlers import Handlers
+from loopback.services.activation.rosters import Rosters
 from loopback.services.activation.workspaces import Workspaces
 
 STATUSES_AT_ONCE = 512  # waiting for their link; they share it
@@ -28,6 +29,8 @@ async def start(service: Service) -> None:
     handlers = Handlers(workspaces, service.trust)
     group.create_task(fleet.run(bus), name="fold records")
     group.create_task(workspaces.run(), name="workspaces")
+    rosters = Rosters(bus, fleet, workspaces, service.key, service.meter)
+    group.create_task(rosters.run(), name="rosters")
     group.create_task(
         bus.consume(
             subjects.STREAM_REPORTS,

@@ -16,6 +16,7 @@ from loopback.contracts.codes import Code, Refused
 from loopback.contracts.envelope import Envelope
 from loopback.contracts.messages import Release, RolloutStart, decode_policy
 from loopback.contracts.rolloutstate import FINAL, HOLDING, Rollout, State, Workspace
+from loopback.contracts.roster import MAX_SOURCES, Source
 from loopback.contracts.trustdoc import Role, Trust, WorkspaceRules
 
 
@@ -107,15 +108,16 @@ def release(start: RolloutStart, found: Release | None) -> int:
     return found.size
 
 
-def policy(workspace: Workspace, start: RolloutStart, blob: bytes | None, trust: Trust) -> None:
-    """Refuse a policy that is not there, not an author's, not for this module, or older than the last in use.
+def policy(workspace: Workspace, start: RolloutStart, blob: bytes | None, trust: Trust) -> tuple[Source, ...]:
+    """What fills the policy's sets. Refuse a policy that is not there, not an author's, not for this module, or older than
+    the last in use.
 
     Raises BLOB_MISSING, BLOB_DIGEST, POLICY_MALFORMED, POLICY_SERIAL, SCOPE_VIOLATION, COMMAND_UNAUTHORISED or an
     envelope's own codes.
     """
     digest, serial = start.scope.policy, start.scope.policy_serial
     if digest is None:
-        return
+        return ()
     if blob is None:
         raise Refused(
             Code.BLOB_MISSING,
@@ -150,6 +152,14 @@ def policy(workspace: Workspace, start: RolloutStart, blob: bytes | None, trust:
             f"scope.policy_serial: {serial} is not above {last}, the last in use for {start.module!r}",
             f"sign the policy again with serial {last + 1}",
         )
+    sources = {source.key: source for source in found.sources.values()}
+    if len(sources) > MAX_SOURCES:
+        raise Refused(
+            Code.POLICY_INVALID,
+            f"scope.policy: its sets are filled from {len(sources)} sources, more than the {MAX_SOURCES} allowed",
+            "let sets share labels and pools",
+        )
+    return tuple(sources.values())
 
 
 def find(workspace: Workspace, name: str) -> Rollout:

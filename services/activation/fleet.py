@@ -13,12 +13,13 @@ from loopback.contracts.codes import Refused
 from loopback.contracts.decoding import Decoder
 from loopback.contracts.envelope import Envelope, payload_of
 from loopback.contracts.keys import PublicKey
-from loopback.contracts.messages import Record, WorkspacePut, decode_command
+from loopback.contracts.messages import PoolPut, Record, WorkspacePut, decode_command
 from loopback.services._runtime.bus import Bus, Stored
 from loopback.services.activation.documents import Environment
 
 log = logging.getLogger(__name__)
-FILTERS: Final = (subjects.record("*", "host", "*"), subjects.record("*", "workspace", "*"))
+FILTERS: Final = tuple(subjects.record("*", kind, "*") for kind in ("host", "workspace", "pool"))
+CATCH_UP_S: Final = 60.0  # then it is tried again
 _RECORDS: Final = Decoder(msgspec.json.Decoder(Record))
 
 
@@ -29,17 +30,25 @@ class Host(msgspec.Struct, frozen=True):
     labels: dict[str, str]
     key: PublicKey
     claim: Envelope | None = None
+    addresses: tuple[str, ...] = ()
 
 
 class Fleet:
-    """Records, folded. `hosts[workspace][host]` and `environments[workspace]` hold what is there and not withdrawn."""
+    """Records, folded. `hosts[workspace][host]` and `environments[workspace]` hold what is there and not withdrawn.
+
+    `pools[workspace][pool]` is the newest word on a pool, also one that takes it away; `versions[workspace]` counts changes.
+    """
 
     def __init__(self) -> None:
+        self.pools: dict[str, dict[str, Envelope]] = {}
+        self.versions: dict[str, int] = {}
         self.hosts: dict[str, dict[str, Host]] = {}
         self.environments: dict[str, Environment] = {}
         self.caught_up = asyncio.Event()
         self.changed = asyncio.Event()
         self._sequences: dict[str, int] = {}
+        self._folded = 0
+        self._tick = asyncio.Event()
 
     async def run(self, bus: Bus) -> None:
         """Fold until cancelled."""
@@ -49,11 +58,25 @@ class Fleet:
             self.fold,
             caught_up=self.caught_up,
             last_per_subject=True,
-            after=self.changed.set,
+            after=self._after,
         )
+
+    def _after(self) -> None:
+        self.changed.set()
+        self._tick.set()
+        self._tick = asyncio.Event()
+
+    async def catch_up(self, bus: Bus, workspace: str) -> None:
+        """Wait until every record of hosts and pools that the leader has now is folded. Raises TimeoutError."""
+        async with asyncio.timeout(CATCH_UP_S):
+            for kind in ("host", "pool"):
+                newest = await bus.last(subjects.STREAM_FLEET, subjects.record(workspace, kind, "*"))
+                while newest is not None and self._folded < newest.sequence:
+                    await self._tick.wait()
 
     def fold(self, stored: Stored) -> None:
         """Take one record in; an older one than is known for its subject changes nothing."""
+        self._folded = max(self._folded, stored.sequence)
         if stored.sequence <= self._sequences.get(stored.subject, 0):
             return
         self._sequences[stored.subject] = stored.sequence
@@ -66,18 +89,25 @@ class Fleet:
             )
 
     def _take(self, record: Record) -> None:
+        self.versions[record.workspace] = self.versions.get(record.workspace, 0) + 1
         if record.kind == hostrecord.KIND:
             found = hostrecord.of(record)
             if found.absent:
                 self.hosts.get(found.workspace, {}).pop(found.host, None)
             else:
                 self.hosts.setdefault(found.workspace, {})[found.host] = Host(
-                    record.envelope, found.labels, PublicKey.parse(found.public_key), record.claim
+                    record.envelope,
+                    found.labels,
+                    PublicKey.parse(found.public_key),
+                    record.claim,
+                    found.addresses,
                 )
             return
         command = decode_command(payload_of(record.envelope))
         if isinstance(command, WorkspacePut):
             self.environments[command.workspace] = command.environment
+        elif isinstance(command, PoolPut):
+            self.pools.setdefault(command.workspace, {})[command.pool] = record.envelope
         else:
             log.error("a record of kind %r holds a %s", record.kind, type(command).__name__)
 

@@ -88,7 +88,7 @@ class Handlers:
         members = rolloutplan.members(command, hosts)
         checks.peers(state, command, (m.host for m in members))
         checks.order(state, command, (m.host for m in members))
-        checks.policy(state, command, blob, trust)
+        sources = checks.policy(state, command, blob, trust)
         traceparent = context.stored.headers.get("traceparent") or tracing.traceparent()
         created = journal.Created(
             envelope=context.envelope,
@@ -104,6 +104,7 @@ class Handlers:
             policy_serial=command.scope.policy_serial,
             traceparent=traceparent,
             approvals_needed=1 if rules.regulated else 0,
+            sources=sources,
         )
         link = self._link(Chain(command.workspace, command.rollout, 0, ""), created, context)
         if len(link.data) > MAX_LINK:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -28,7 +28,8 @@ MAX_LINK: Final = 900 * 1024  # bytes; NATS's default max_payload is 1 MiB, head
 class Store:
     """The state of a workspace, and the one way to change it. `state` is replaced when its stream was."""
 
-    def __init__(self, bus: Bus, workspace: str) -> None:
+    def __init__(self, bus: Bus, workspace: str, sourced: Callable[[], None] = lambda: None) -> None:
+        """`sourced` is called when a policy with new sources was accepted."""
         self.bus = bus
         self.workspace = workspace
         self.stream = subjects.workspace_stream(workspace)
@@ -37,6 +38,7 @@ class Store:
         self.caught_up = asyncio.Event()
         self.changed = asyncio.Event()  # for whoever decides: something was folded
         self._tick = asyncio.Event()
+        self._sourced, self._sources = sourced, 0
 
     async def run(self) -> None:
         """Fold until cancelled. Desired states are not read back: every batch ends with a link."""
@@ -74,6 +76,9 @@ class Store:
 
     def _folded(self) -> None:
         self.changed.set()
+        if len(self.state.sources) != self._sources:
+            self._sources = len(self.state.sources)
+            self._sourced()
         self._tick.set()
         self._tick = asyncio.Event()
 

@@ -38,12 +38,14 @@ class Workspaces:
             "loopback_rollout_failures", description="Times that a rollout was set aside, by error"
         )
         self.engines: dict[str, Engine] = {}
+        self.news = asyncio.Event()  # records changed, or rollouts did: something may fill sets otherwise
 
     async def run(self) -> None:
         """Start an engine for every workspace that there is or comes, until cancelled."""
         while True:
             await self.fleet.changed.wait()
             self.fleet.changed.clear()
+            self.news.set()
             for workspace in list(self.fleet.environments):
                 try:
                     self._ensure(workspace)
@@ -53,11 +55,14 @@ class Workspaces:
     def _ensure(self, workspace: str) -> Engine:
         found = self.engines.get(workspace)
         if found is None:
-            store = Store(self.bus, workspace)
+            store = Store(self.bus, workspace, self._sourced)
             found = Engine(self.bus, store, self.fleet, self.key, self.tracer, self.failures)
             self.engines[workspace] = found
             self.group.create_task(found.run(), name=f"rollouts of {workspace}")
         return found
+
+    def _sourced(self) -> None:
+        self.news.set()
 
     async def engine(self, workspace: str) -> Engine:
         """The engine of a workspace. Raises Refused(WORKSPACE_UNKNOWN)."""

@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Iterable
 from typing import Any, Final
 
 from loopback.contracts import subjects
-from loopback.contracts.messages import EntitlementPut, HostInvite, HostMove, HostPut, WorkspacePut
+from loopback.contracts.messages import EntitlementPut, HostInvite, HostMove, HostPut, PoolPut, WorkspacePut
 from loopback.services._runtime.bus import Bus, Stored
 from loopback.services._runtime.commands import serve_commands
 from loopback.services._runtime.service import Service
@@ -51,6 +51,7 @@ async def start(service: Service) -> None:
             HostPut: handlers.put_host,
             HostInvite: identities.invite,
             HostMove: moves.move,
+            PoolPut: handlers.put_pool,
         },
     )
 

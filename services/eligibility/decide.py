@@ -21,6 +21,7 @@ hold, the first by name is the one that the offer names.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -29,21 +30,28 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from loopback.contracts.codes import Code, Refusal, Refused
+from loopback.contracts.envelope import payload_of
 from loopback.contracts.exposure import is_below
 from loopback.contracts.hostrecord import HostRecord
 from loopback.contracts.messages import (
     Check,
     EntitlementPut,
     OfferedVersion,
+    PoolPut,
+    Record,
     Release,
+    decode_command,
 )
 from loopback.contracts.reports import Inventory
 from loopback.contracts.trustdoc import Floor
 
 MAX_LABELS: Final = 64  # per host or entitlement; they travel inside every desired state
 MAX_LABEL: Final = 128  # characters of a label's name, and of its value
+MAX_POOL: Final = 4096  # addresses and prefixes of one pool; a signed command of them has about 100 KiB
+MAX_SERIAL: Final = 2**53  # what every reader of JSON still counts exactly
 MAX_RELEASES: Final = 50  # per module in one offer, the newest; it bounds an offer to some tens of kilobytes
 
+_POOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KERNEL = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})(?:\.([0-9]{1,9}))?")  # int() refuses thousands of digits
 
 
@@ -53,6 +61,51 @@ class Judged(NamedTuple):
     checks: tuple[Check, ...]
     rule: str
     refusal: Refusal | None
+
+
+def check_pool(command: PoolPut) -> None:
+    """Refuse a pool that could not be used. Raises Refused(COMMAND_MALFORMED) naming the field."""
+    if not _POOL.fullmatch(command.pool):
+        raise Refused(
+            Code.COMMAND_MALFORMED,
+            f"pool: {command.pool[:80]!r} is no name that a policy could give",
+            "use letters, digits, '.', '_' and '-', at most 64, a letter or digit first",
+        )
+    if not 0 < command.serial < MAX_SERIAL:
+        raise Refused(
+            Code.COMMAND_MALFORMED,
+            f"serial: {command.serial} is not from 1 to {MAX_SERIAL - 1}",
+            "begin with 1 and count up",
+        )
+    if len(command.addresses) > MAX_POOL:
+        raise Refused(
+            Code.COMMAND_MALFORMED,
+            f"addresses: {len(command.addresses)} are more than the {MAX_POOL} allowed",
+            "split the pool",
+        )
+    if command.absent and command.addresses:
+        raise Refused(Code.COMMAND_MALFORMED, "addresses: a pool that is taken away has none")
+    for address in command.addresses:
+        try:
+            ipaddress.ip_network(address)
+        except ValueError as error:
+            hint = str(error) if "host bits" in str(error) else "no address or prefix"
+            raise Refused(
+                Code.COMMAND_MALFORMED,
+                f"addresses: {address[:60]!r} is {hint}",
+                "write it like 192.0.2.7, 192.0.2.0/28 or 2001:db8::7",
+            ) from None
+
+
+def check_serial(command: PoolPut, before: Record) -> None:
+    """Refuse a word on a pool that is no newer than the last. Raises Refused(POOL_SERIAL)."""
+    known = decode_command(payload_of(before.envelope))
+    if isinstance(known, PoolPut) and command.serial <= known.serial:
+        raise Refused(
+            Code.POOL_SERIAL,
+            f"serial: {command.serial} is not above {known.serial}, the last of pool {command.pool!r}",
+            f"sign it again with serial {known.serial + 1} or above",
+        )
 
 
 def kernel_version(text: str) -> tuple[int, int, int] | None:

@@ -16,7 +16,7 @@ from opentelemetry import metrics, trace
 from loopback.contracts import events, journal, subjects
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.keys import PublicKey
-from loopback.contracts.messages import EntitlementPut, HostPut, Offer, Record, Verdict, WorkspacePut
+from loopback.contracts.messages import EntitlementPut, HostPut, Offer, PoolPut, Record, Verdict, WorkspacePut
 from loopback.contracts.trustdoc import Trust, WorkspaceRules
 from loopback.services._runtime import streams, tracing
 from loopback.services._runtime.bus import Bus, Conflict, Outgoing, Stored, Unavailable
@@ -85,6 +85,21 @@ class Handlers:
                 "make a key of its own for each host ('loopback host add')",
             )
         return await self.put(context, "host", command.host, {})
+
+    async def put_pool(self, context: CommandContext) -> Accepted:
+        """What a pool has. An older serial is no news: hosts would not take it either."""
+        command = context.command
+        assert isinstance(command, PoolPut)
+        decide.check_pool(command)
+        await self.require_workspace(command.workspace)
+        known = await self._bus.last(
+            subjects.STREAM_FLEET, subjects.record(command.workspace, "pool", command.pool)
+        )
+        if known is not None:
+            record = msgspec.json.decode(known.data, type=Record)
+            if record.sequence < context.stored.sequence:
+                decide.check_serial(command, record)
+        return await self.put(context, "pool", command.pool, {"serial": str(command.serial)})
 
     async def require_workspace(self, workspace: str) -> None:
         """Raises Refused(WORKSPACE_UNKNOWN) where nobody made it."""

@@ -162,8 +162,8 @@ class Fleet:
         if record.kind == hostrecord.KIND:
             self._host(record)
             return
-        if record.kind == hostrecord.INVITE:
-            return  # nobody's yet
+        if record.kind in (hostrecord.INVITE, "pool"):
+            return  # nobody's yet, and nothing that offers depend on
         command = decode_command(payload_of(record.envelope))
         match command:
             case WorkspacePut():

@@ -23,10 +23,12 @@ from loopback.contracts.envelope import Envelope
 from loopback.contracts.exposure import CAN, Exposure
 from loopback.contracts.messages import Gates, RolloutAbort, RolloutStart, Selector, Wave
 from loopback.contracts.reports import Status
+from loopback.contracts.roster import Roster, Source
 from loopback.contracts.trustdoc import Floor, WorkspaceRules
 from loopback.host import install, status, transitions
 from loopback.host.config import Allow, HostConfig
 from loopback.host.decide import Accepted, check_desired
+from loopback.host.roster import Followed, Known, accept
 from loopback.host.scope import Answer, Identity
 from loopback.trust import package
 
@@ -48,6 +50,7 @@ CANNOT: Final[dict[str, tuple[str, ...]]] = {
     "outside-times": ("after-the-scope", "before-the-scope", "clock-set-back"),
     "older-policy": ("replayed-policy",),
     "older-rollout": ("older-rollout", "removed-module"),
+    "put-in": (),  # test_stolen_sets.py
     "skip-trial": ("no-trial",),
     "retry-failed": ("what-failed-here",),
     "owner-allow-list": ("module-not-allowed",),  # and test_a_capability_that_the_owner_does_not_allow_is_refused
@@ -194,6 +197,17 @@ def test_can_withhold() -> None:
     assert thief.own.promoted == OLD
     found = status.module(thief.own, None)
     assert (found.promoted, found.generation) == (OLD, 4), "and the host goes on saying so"
+
+
+def test_can_leave_out() -> None:
+    """A roster without a host is taken, and so is one that shows the last word but one to whoever heard no later one."""
+    web, shop = Source(labels={"role": "web"}), Source(pool="shop")
+    one, other = Known("d1", 1, ("10.0.0.1",)), Known("d2", 2, ("10.0.0.2",))
+    known = Followed(source=web, slices={"a": {"h1": one, "h2": other}})
+    without = Roster(workspace=WORKSPACE, source=web, slices=("b",), issued_at=NOW)
+    assert accept(known, without, {"b": {"h2": other}}).addresses == ["10.0.0.2"]
+    earlier = Roster(workspace=WORKSPACE, source=shop, slices=("c",), issued_at=NOW)
+    assert accept(Followed(source=shop), earlier, {"c": {"shop": one}}).addresses == ["10.0.0.1"]
 
 
 def test_can_misreport() -> None:

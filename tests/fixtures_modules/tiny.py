@@ -33,16 +33,20 @@ class Tiny(Module):
         self.how = behaviour()
         self.kernel = Path()
         self.staged: str | None = None
+        self.fills: dict[str, list[str]] = {}  # staged with it
+        self.unfilled: Refused | None = None
 
     def load(self) -> dict[str, object]:
         found = json.loads(self.kernel.read_text()) if self.kernel.exists() else {}
         if found.get("deadline") and time.time() > found["deadline"]:
-            found = {"policy": found["fallback"]}
+            found = {"policy": found.get("fallback"), "fills": found.get("before")}
         return found
 
     def save(self, **state: object) -> None:
         scratch = self.kernel.with_suffix(".new")
-        scratch.write_text(json.dumps(state))
+        scratch.write_text(
+            json.dumps({key: value for key, value in state.items() if key == "policy" or value})
+        )
         scratch.replace(self.kernel)
 
     async def configure(self, request: abi.Configure) -> None:
@@ -61,28 +65,49 @@ class Tiny(Module):
         content = json.loads(request.content)
         if content.get("refuse"):
             raise Refused(Code.POLICY_INVALID, "rules[0]: it is refused", "write another one")
+        self.take(request.fills, content)
         self.staged = request.digest
         return {"rules": "1"}
+
+    def take(self, fills: dict[str, abi.Filled], content: dict[str, int]) -> None:
+        found = {name: one.addresses for name, one in fills.items()}
+        if any(len(one) > content.get("max", 99) for one in found.values()):
+            raise Refused(Code.SET_TOO_LARGE, "set 'web': too many", "see whether they are meant")
+        self.fills, self.content = found, content
+
+    async def fill(self, request: abi.Fill) -> dict[str, str]:
+        if self.how == "knows-no-fill" or self.load().get("policy") != request.digest:
+            raise Refused(Code.MODULE_ABI, "fill is not a request")
+        try:
+            self.take(request.fills, self.content)
+        except Refused as refused:
+            self.unfilled = refused
+            raise
+        self.staged = request.digest
+        return {}
 
     async def commit(self, request: abi.Commit) -> None:
         if self.how == "dies-at-commit":
             os._exit(4)
         assert request.digest == self.staged
+        before = self.load()
         self.save(
-            policy=request.digest, fallback=self.load().get("policy"), deadline=time.time() + request.trial_s
-        )
+            policy=request.digest, fallback=before.get("policy"), deadline=time.time() + request.trial_s,
+            fills=self.fills, before=before.get("fills"),
+        )  # fmt: skip
         if self.how == "dies-after-commit":
             os._exit(5)
 
     async def confirm(self, request: abi.Confirm) -> None:
         if self.load().get("policy") != request.digest:
             raise Refused(Code.MODULE_UNHEALTHY, "the datapath fell back already")
-        self.save(policy=request.digest)
+        self.save(policy=request.digest, fills=self.load().get("fills"))
+        self.unfilled = None
 
     async def revert(self, request: abi.Revert) -> None:
         found = self.load()
-        if "fallback" in found:
-            self.save(policy=found["fallback"])
+        if "deadline" in found:
+            self.save(policy=found.get("fallback"), fills=found.get("before"))
 
     async def health(self) -> abi.HealthReport:
         if self.how == "unhealthy":
@@ -92,6 +117,9 @@ class Tiny(Module):
                 state="degraded", code="kernel.unsupported", reason="kernel: bpf(2) is not permitted"
             )
         policy = self.load().get("policy")
+        if self.unfilled is not None:
+            code, reason = self.unfilled.code, self.unfilled.reason
+            return abi.HealthReport(state="degraded", enforcing=True, policy=policy, code=code, reason=reason)  # type: ignore[arg-type]
         return abi.HealthReport(state="ok", enforcing=policy is not None, policy=policy)  # type: ignore[arg-type]
 
     async def metrics(self) -> dict[str, float]:

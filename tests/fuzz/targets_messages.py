@@ -24,6 +24,7 @@ from loopback.contracts import (
     messages,
     reports,
     rolloutfold,
+    roster,
     subjects,
     trustdoc,
     view,
@@ -33,6 +34,7 @@ from loopback.contracts.keys import PublicKey
 from loopback.contracts.rolloutstate import Workspace
 from loopback.host import control, spawner
 from loopback.host import identity as host_identity
+from loopback.host import roster as host_roster
 from loopback.host.form import check_form
 from loopback.modules.sdk.module import decode_lenient
 from loopback.services._runtime import wire
@@ -91,6 +93,41 @@ def _desired_signed() -> Made:
         host.check(envelope.seal(envelope.DESIRED, data, host.signers.activation))
 
     return run, seeds
+
+
+@target("roster", "json")
+def _roster() -> Made:
+    """As a host meets it: activation's key is stolen and signs whatever comes."""
+    signers, source = Signers(), roster.Source(labels={"role": "web"})
+    digests = roster.digests([b"some", b""])
+    made = roster.Roster(workspace=WORKSPACE, source=source, slices=digests, issued_at=NOW)
+
+    def run(data: bytes) -> None:
+        signed = envelope.seal(envelope.ROSTER, data, signers.activation)
+        found = host_roster.opened(signed, host_roster.Followed(source=source), WORKSPACE, signers.trust, NOW)
+        if found is not None:
+            host_roster.accept(host_roster.Followed(source=source), found, {})
+
+    return run, (msgspec.json.encode(made),)
+
+
+@target("slice", "json")
+def _slice() -> Made:
+    signers, source = Signers(), roster.Source(labels={"role": "web"})
+    put = messages.HostPut(
+        **signers.times(),
+        host="web-1",
+        public_key="00" * 32,
+        labels={"role": "web"},
+        addresses=("10.0.0.1/24", "::1"),
+    )
+    made = roster.Slice(members=(roster.Member(signers.command(put)),))
+
+    def run(data: bytes) -> None:
+        digest = hashlib.sha256(data).hexdigest()
+        host_roster.slice_members(data, digest, source, WORKSPACE, signers.trust, {})
+
+    return run, (msgspec.json.encode(made),)
 
 
 @target("report", "json", *MALFORMED)

@@ -89,6 +89,7 @@ class Process:
         self.adopted = False
         self.health = health
         self.problem = problem
+        self.unfilled: Refusal | None = None
         self.metrics: dict[str, float] = {"x_total": 1.0}
 
 

@@ -25,6 +25,7 @@ MAY: Final = {
     "host.put": set(),
     "host.invite": set(),
     "host.move": set(),
+    "pool.put": {Role.BALANCER},
     "release.publish": {Role.RELEASER},
     "metadata.publish": set(),
     "rollout.start": {Role.RELEASER},
@@ -36,7 +37,9 @@ MAY: Final = {
 
 
 def trust(roles: dict[str, tuple[Role, ...]]) -> Trust:
-    return Trust(TrustDocument(version=1, operators=(Operator("ann", KEY.public.text, roles),), services={}))
+    return Trust(
+        TrustDocument(version=1, operators=(Operator("ann", KEY.public.text, roles, ("pool",)),), services={})
+    )
 
 
 def command(kind: str, workspace: str) -> Any:
