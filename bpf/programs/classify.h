@@ -526,10 +526,12 @@ __noinline __u64 candidates4(struct packet *packet, __u64 transport, __u32 ask)
 		return 0;
 	classifier = &((struct fw_slot *)half)->classifiers[ASK_DIRECTION(ask)][0];
 	tuples = *(__u64 *)at(half, classifier->protocols + ((transport >> 32 & 0xff) << 3), mask);
-	tuples &= tuples4(half, &classifier->fields[FW_PORT], transport & 0xffff, mask);
-	tuples &= tuples4(half, &classifier->fields[FW_SOURCE_PORT], transport >> 16 & 0xffff, mask);
 	tuples &= tuples4(half, &classifier->fields[FW_SOURCE], (__u32)packet->source[1], mask);
 	tuples &= tuples4(half, &classifier->fields[FW_DESTINATION], (__u32)packet->destination[1], mask);
+	if (tuples & (tuples - 1)) { /* one tuple is asked in less time than the tables of ports are */
+		tuples &= tuples4(half, &classifier->fields[FW_PORT], transport & 0xffff, mask);
+		tuples &= tuples4(half, &classifier->fields[FW_SOURCE_PORT], transport >> 16 & 0xffff, mask);
+	}
 	return tuples;
 }
 

@@ -10,63 +10,86 @@ that always does.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Final, NamedTuple
 
 from loopback.bpf import layout
 from loopback.modules.firewall.tuples import PORT, PROTOCOL, SOURCE_PORT, Entry, hash_of
 
-#: What all pairs of classes may have in entries, beside those that there were: 256 KiB of them.
-MOST: Final = 1 << 13
+#: Chains of pairs of classes that there may be, each a place in the table of heads. Tuples of more chains are left as they are.
+MOST: Final = 1 << 12
 _BYTE: Final = 8  # bits that a class is known by
 _ANY: Final = 65535
 _order: Final = attrgetter("order")
 
 
 class Classes(NamedTuple):
-    """`table` has the class of each first byte, of sources and then of destinations; `chains` are by key, as in tuples.py."""
+    """`table` has the class of each first byte, of sources and then of destinations; `seeds` are the tuples that ask for them.
+
+    `chains` are all, by key as in tuples.py; those that are alike are one object.
+    """
 
     table: bytes
+    seeds: frozenset[int]
     chains: dict[int, list[Entry]]
 
 
-def told_apart(chains: Mapping[int, list[Entry]], family: int) -> Classes | None:
-    """The chains of the tuples that look at no address, by pairs of classes; None when that would be too many entries."""
+class Known(NamedTuple):
+    """What was told apart last: the entries, and what became of them."""
+
+    entries: list[Entry]
+    found: Classes | None
+
+
+def told_apart(chains: Mapping[int, list[Entry]], family: int, known: Known | None = None) -> Known:
+    """The chains of the tuples that look at no address, by pairs of classes; None where there is nothing to tell apart."""
     short = {key: chain for key, chain in chains.items() if not key >> 64 >> 3}
-    if all(len(chain) == 1 for chain in short.values()):
-        return None
     every = [entry for chain in short.values() for entry in chain]
-    width = 32 if family == 4 else 128
-    sources, of_source = _classes({entry.source for entry in every}, width)
-    destinations, of_destination = _classes({entry.destination for entry in every}, width)
-    if len(sources) * len(destinations) > MOST:
+    if known is not None and len(every) == len(known.entries) and all(map(is_, every, known.entries)):
+        before = known.found
+    else:
+        before = _told_apart(short, family)
+    if before is None:
+        return Known(every, None)
+    rest = {key: chain for key, chain in chains.items() if key >> 64 not in before.seeds}
+    return Known(every, before._replace(chains=rest | before.chains))
+
+
+def _told_apart(short: Mapping[int, list[Entry]], family: int) -> Classes | None:
+    by_seed: dict[int, list[list[Entry]]] = {}
+    for key, chain in short.items():
+        by_seed.setdefault(key >> 64, []).append(chain)
+    if not by_seed or all(len(chain) == 1 for chain in short.values()):
+        return None
+    # the most chains are those of exact ports, which few packets meet
+    seeds = sorted(by_seed, key=lambda seed: (len(by_seed[seed]), seed))
+    while seeds:
+        every = [entry for seed in seeds for chain in by_seed[seed] for entry in chain]
+        sources, of_source = _classes({entry.source for entry in every}, family)
+        destinations, of_destination = _classes({entry.destination for entry in every}, family)
+        if len(sources) * len(destinations) * sum(len(by_seed[seed]) for seed in seeds) <= MOST:
+            break
+        seeds.pop()
+    else:
         return None
     found: dict[int, list[Entry]] = {}
-    room = len(every) + MOST
-    for key, chain in short.items():
-        seed = key >> 64
-        for transport, entries in _by_transport(chain, seed & 7).items():
+    for seed in seeds:
+        for transport, entries in _by_transport(by_seed[seed], seed & 7).items():
+            reached = _Reached(entries, family)
             by_source = [_members(entries, "source", held) for held in sources]
             by_destination = [_members(entries, "destination", held) for held in destinations]
             for a, first in enumerate(by_source):
                 for b, second in enumerate(by_destination):
-                    if not (members := first & second):
-                        continue
-                    kept = _reached(entries, members, family)
-                    room -= len(kept)
-                    if room < 0:
-                        return None
-                    found.setdefault(seed << 64 | hash_of(0, a | b << 8, transport, seed, family), []).extend(
-                        kept
-                    )
-    for chain in found.values():
-        chain.sort(key=_order)
-    rest = {key: chain for key, chain in chains.items() if key >> 64 >> 3}
-    return Classes(bytes(of_source + of_destination), rest | found)
+                    if members := first & second:
+                        key = seed << 64 | hash_of(0, a | b << 8, transport, seed, family)
+                        chain, met = reached.of(members), found.get(key)
+                        found[key] = chain if met is None else sorted([*met, *chain], key=_order)
+    return Classes(bytes(of_source + of_destination), frozenset(seeds), found)
 
 
-def _classes(prefixes: Iterable[int], width: int) -> tuple[list[frozenset[int]], list[int]]:
+def _classes(prefixes: Iterable[int], family: int) -> tuple[list[frozenset[int]], list[int]]:
     """Which prefixes (address << 8 | length) the addresses of each class may be in, and the class of each first byte."""
+    width = 32 if family == 4 else 128
     holds: list[set[int]] = [set() for _ in range(256)]
     for prefix in prefixes:
         first = prefix >> 8 >> width - _BYTE
@@ -77,17 +100,18 @@ def _classes(prefixes: Iterable[int], width: int) -> tuple[list[frozenset[int]],
     return list(numbers), of_byte
 
 
-def _by_transport(chain: Iterable[Entry], kind: int) -> dict[int, list[Entry]]:
-    """The entries by what their tuple's hash takes from the transport header: one value, but for a collision."""
+def _by_transport(chains: Iterable[list[Entry]], kind: int) -> dict[int, list[Entry]]:
+    """The entries by what their tuple's hash takes from the transport header, in order."""
     found: dict[int, list[Entry]] = {}
-    for entry in chain:
-        value = (
-            (entry.protocol << 32 if kind & PROTOCOL else 0)
-            | (entry.ports & 0xFFFF if kind & PORT else 0)
-            | ((entry.source_ports & 0xFFFF) << 16 if kind & SOURCE_PORT else 0)
-        )
-        found.setdefault(value, []).append(entry)
-    return found
+    for chain in chains:
+        for entry in chain:
+            value = (
+                (entry.protocol << 32 if kind & PROTOCOL else 0)
+                | (entry.ports & 0xFFFF if kind & PORT else 0)
+                | ((entry.source_ports & 0xFFFF) << 16 if kind & SOURCE_PORT else 0)
+            )
+            found.setdefault(value, []).append(entry)
+    return {value: sorted(entries, key=_order) for value, entries in found.items()}
 
 
 def _members(entries: Sequence[Entry], field: str, held: frozenset[int]) -> int:
@@ -100,24 +124,33 @@ def _members(entries: Sequence[Entry], field: str, held: frozenset[int]) -> int:
     return found
 
 
-def _reached(entries: Sequence[Entry], members: int, family: int) -> list[Entry]:
-    """Those of the members that a packet of the class may meet: none behind one that matches whatever they match."""
-    kept: list[Entry] = []
-    certain: list[Entry] = []
-    while members:
-        bit = members & -members
-        members ^= bit
-        entry = entries[bit.bit_length() - 1]
-        if any(_covers(one, entry, family) for one in certain):
-            continue
-        kept.append(entry)
-        if (
-            entry.source & 0xFF <= _BYTE
-            and entry.destination & 0xFF <= _BYTE
-            and not _byte(entry, _FLAGS, family) & layout.MORE
-        ):
-            certain.append(entry)
-    return kept
+class _Reached:
+    """What packets of a class can meet of some entries: nothing behind one that matches whatever they match."""
+
+    def __init__(self, entries: Sequence[Entry], family: int) -> None:
+        self._entries = entries
+        self._known: dict[int, list[Entry]] = {}
+        self._behind = [0] * len(entries)  # those that an entry leaves nothing for
+        for place, one in enumerate(entries):
+            if (
+                one.source & 0xFF <= _BYTE
+                and one.destination & 0xFF <= _BYTE
+                and not _byte(one, _FLAGS, family) & layout.MORE
+            ):
+                for other in range(place + 1, len(entries)):
+                    self._behind[place] |= _covers(one, entries[other], family) << other
+
+    def of(self, members: int) -> list[Entry]:
+        """Those of a class, given a bit for each that its packets may match. The same list for the same bits."""
+        if (found := self._known.get(members)) is None:
+            found, left = [], members
+            while left:
+                bit = left & -left
+                place = bit.bit_length() - 1
+                found.append(self._entries[place])
+                left &= ~(bit | self._behind[place])
+            self._known[members] = found
+        return found
 
 
 _NEEDS: Final = layout.Match.needs.offset

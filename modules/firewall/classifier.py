@@ -13,7 +13,7 @@ from typing import Final
 
 from loopback.bpf import layout
 from loopback.modules.firewall import tables, tuples
-from loopback.modules.firewall.classes import told_apart
+from loopback.modules.firewall.classes import Known, told_apart
 from loopback.modules.firewall.prefixes import PrefixTable
 from loopback.modules.firewall.sets import SetTable, tables_of
 from loopback.modules.firewall.tables import Table
@@ -28,7 +28,16 @@ _M64: Final = (1 << 64) - 1
 KnownSets = dict[
     int, tuple[PrefixTable, tuple[SetTable, SetTable]]
 ]  # by the id of the prefixes, which are held
-KnownTables = dict[tuple[int, int, int], tuple[dict[int, int], Table]]  # by direction, family and field
+
+
+class KnownTables:
+    """What the last policy's classifiers were made of: a part that would be the same is not made again."""
+
+    def __init__(self) -> None:
+        self.fields: dict[
+            tuple[int, int, int], tuple[dict[int, int], Table]
+        ] = {}  # by direction, family, field
+        self.apart: dict[tuple[int, int], Known] = {}  # by direction and family
 
 
 class Parts:
@@ -69,7 +78,8 @@ def lay_entries(
         # so few tuples have no more than MAX_CLASSES combinations
         grouped = tuples.group(entries, family, tuples.FEWEST)
         protocols, found = _tables(grouped, whose, known)
-    apart = told_apart(grouped.chains, family)
+    known.apart[whose] = told_apart(grouped.chains, family, known.apart.get(whose))
+    apart = known.apart[whose].found
     heads, chains = tuples.heads(apart.chains if apart else grouped.chains)
     at.tuples = len(grouped.best)
     at.count = sum(map(len, chains))
@@ -80,7 +90,7 @@ def lay_entries(
         halves = (
             addresses if family == 4 else [half for mask in addresses for half in (mask >> 64, mask & _M64)]
         )
-        mask = 0xFFFF if apart and not kind.source_length and not kind.destination_length else 0
+        mask = 0xFFFF if apart and kind.seed in apart.seeds else 0
         packed += _TUPLE[family].pack(*halves, transport, best, kind.seed, mask)
     at.tuple = parts.add(bytes(packed))
     at.heads = parts.add(array("I", heads).tobytes())
@@ -121,9 +131,9 @@ def _tables(grouped: Grouped, whose: tuple[int, int], known: KnownTables) -> tup
                 found[value] = found.get(value, 0) | bit
     made = []
     for field, found in enumerate(fields):
-        before = known.get((*whose, field))
+        before = known.fields.get((*whose, field))
         if before is None or before[0] != found:
-            before = known[*whose, field] = (found, _table(field, whose[1], found))
+            before = known.fields[*whose, field] = (found, _table(field, whose[1], found))
         made.append(before[1])
     return [found | everywhere for found in protocols], made
 

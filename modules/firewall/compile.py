@@ -73,7 +73,7 @@ class Memory:
     def __init__(self) -> None:
         self.rules: dict[int, Made] = {}  # by the rule's id; the rule is held, so that no other can get it
         self.sets: KnownSets = {}
-        self.tables: KnownTables = {}
+        self.tables = KnownTables()
         #: A policy that was compiled before anybody asked, for these identities; whatever is compiled next takes it away.
         self.foreseen: tuple[FirewallPolicy, dict[str, int], Compiled] | None = None
 

@@ -211,26 +211,32 @@ def heads(chains: Mapping[int, list[Entry]]) -> tuple[list[int], list[list[Entry
     """The table that leads from a hash to a chain, and the chains: place + 1 of the first entry beside an 8-bit tag.
 
     Keys of several groups may meet at one head; their chains are then one, in order, and where their tags differ it is 0.
+    Several keys may lead to one chain, if it is one object.
     """
     size = 1 << max(2 * len(chains) - 1, 1).bit_length()
-    met = [0] * size  # the number of the chain, from 1
-    laid: list[list[Entry]] = []
+    met = [0] * size  # the number of the head's chain, from 1
+    led: list[list[Entry]] = []
     tags: list[int] = []
     for key, chain in chains.items():
         at = key & size - 1
         tag = key >> 56 & 0xFF | 1
         number = met[at]
         if not number:
-            laid.append(chain)
+            led.append(chain)
             tags.append(tag)
-            met[at] = len(laid)
+            met[at] = len(led)
         else:
-            laid[number - 1] = sorted([*laid[number - 1], *chain], key=_order)
+            led[number - 1] = sorted([*led[number - 1], *chain], key=_order)
             if tags[number - 1] != tag:
                 tags[number - 1] = 0
     firsts = [0]
+    places: dict[int, int] = {}  # by the chain's id: several heads may lead to one
+    laid: list[list[Entry]] = []
     place = 1
-    for tag, chain in zip(tags, laid, strict=True):
-        firsts.append(tag << 24 | place)
-        place += len(chain)
+    for tag, chain in zip(tags, led, strict=True):
+        if (begins := places.get(id(chain))) is None:
+            begins = places[id(chain)] = place
+            laid.append(chain)
+            place += len(chain)
+        firsts.append(tag << 24 | begins)
     return [firsts[number] for number in met], laid
