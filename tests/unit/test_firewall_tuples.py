@@ -283,9 +283,9 @@ def test_packets_that_no_better_rule_matches_walk_no_long_chain_of_short_prefixe
 def test_what_was_told_apart_serves_the_next_policy_with_the_same_short_prefixes() -> None:
     short = [rule(f"s{n}", sources=(Prefix(4, n << 26, 6),)) for n in range(40)]
     memory = Memory()
-    compiled(policy_of(*short, rule("last", ports=(PortRange(80, 80),), protocols=(6,))), memory)
+    compiled(policy_of(*short, rule("last", sources=(Prefix(4, 10 << 24 | 0, 32),))), memory)
     before = memory.tables.apart[0, 4]
-    changed = policy_of(*short, rule("last", ports=(PortRange(81, 81),), protocols=(6,)))
+    changed = policy_of(*short, rule("last", sources=(Prefix(4, 10 << 24 | 1, 32),)))
     reader = Reader(compiled(changed, memory))
     assert memory.tables.apart[0, 4].entries == before.entries and before.found
     assert memory.tables.apart[0, 4].found.table is before.found.table  # type: ignore[union-attr]
