@@ -160,6 +160,7 @@ def permissions() -> dict[str, Permissions]:
                 "lb.catalog.>",
                 "lb.tuf.>",
                 "lb.blob.>",  # the first trust document, which comes with the first repository
+                f"$JS.API.STREAM.PURGE.{subjects.STREAM_BLOBS}",  # content that nobody names
                 "lb.ws.*.verdict.*.delivery",
             ),
             _others("delivery", subjects.STREAM_OTLP, subjects.STREAM_REPORTS, _VIEW_STREAM),

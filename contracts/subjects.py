@@ -192,6 +192,11 @@ def tuf(filename: str) -> str:
     return f"lb.tuf.{token(filename)}"
 
 
+def tuf_files() -> str:
+    """Filter: every file of the TUF metadata repository."""
+    return "lb.tuf.*"
+
+
 def tuf_name(subject: str) -> str | None:
     """The file behind such a subject; None for a subject that `tuf` cannot have made."""
     try:

@@ -91,6 +91,7 @@ def rows() -> Iterator[Row]:
     yield Row("publish", f"lb.enrol.{SHA}", (ENROL,), "its claim")
     yield Row("subscribe", f"_INBOX.enrol.{SHA}.>", (ENROL,), "the answer to it")
     yield Row("publish", "lb.ws.*.verdict.*.delivery", ("delivery",), "its verdict")
+    yield Row("publish", "$JS.API.STREAM.PURGE.LB_BLOB", ("delivery",), "clearing content that nobody names")
     yield Row("publish", "lb.catalog.*.*", ("delivery",), "releases")
     yield Row("publish", "lb.tuf.*", ("delivery",), "repository metadata")
     yield Row("publish", "lb.ws.*.rollout.*.*", ("activation",), "rollouts' journals")

@@ -16,6 +16,7 @@ from loopback.services._runtime.service import Service
 from loopback.services.delivery.handlers import NAME, Handlers
 from loopback.services.delivery.keeper import Keeper
 from loopback.services.delivery.store import OnlineKeys, Store
+from loopback.services.delivery.sweep import Sweeper
 
 PARALLEL: Final = 4
 INBOX: Final = Path("tuf") / "inbox"  # below the home: changes that come by hand
@@ -44,6 +45,7 @@ async def start(service: Service) -> None:
     )
     await keeper.look()
     group.create_task(keeper.run())
+    group.create_task(Sweeper(bus, store, service.meter, service.log).run())
 
     working: set[str] = set()
 
