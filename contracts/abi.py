@@ -27,9 +27,10 @@ from loopback.contracts.decoding import Decoder
 ABI_VERSION: Final = 1
 FD_VARIABLE: Final = "LOOPBACK_ABI_FD"
 MAX_FRAME: Final = 32 * 1024 * 1024  # bytes
-#: Bytes of a policy's content, wherever it is: what one frame carries, less room for the other fields of `Stage`. What the
-#: firewall allows fits, also both at once: as JSON, 100k generated rules have 10 to 14 MB, a set of a million prefixes 19 MB.
-MAX_CONTENT: Final = MAX_FRAME - 64 * 1024
+#: Bytes of a policy's content, wherever it is: what one frame carries, less room for the other fields of `Stage`, of which
+#: `fills` may have the addresses of ten thousand hosts. What the firewall allows fits: as JSON, 100k generated rules have 10 to
+#: 14 MB, a set of a million prefixes 19 MB.
+MAX_CONTENT: Final = MAX_FRAME - 1024 * 1024
 _LENGTH = struct.Struct(">I")
 
 
