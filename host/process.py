@@ -26,7 +26,7 @@ from loopback.host.launch import Launch
 HELLO_S: Final = 30.0  # from start to hello; a third of a second, but a good version must not fail on a machine that is busy
 REQUEST_S: Final[dict[type, float]] = {
     abi.Configure: 20.0,
-    abi.Stage: 30.0,  # 100k rules take seconds
+    abi.Stage: 30.0,  # and more for a large policy (`supervisor.stage`)
     abi.Fill: 30.0,
     abi.Commit: 10.0,
     abi.Confirm: 10.0,

@@ -19,13 +19,15 @@ from loopback.contracts.desired import Running
 from loopback.host import fills, install, proc, status, transitions
 from loopback.host.config import HostConfig
 from loopback.host.launch import launch
-from loopback.host.process import ModuleProcess, Starter, direct
+from loopback.host.process import REQUEST_S, ModuleProcess, Starter, direct
 from loopback.host.state import Store
 from loopback.trust.manifest import Manifest
 
 BACKOFF_S: Final = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # waits between restarts; the last one repeats
 STEADY_S: Final = 60.0  # a module that lived this long starts again at the shortest wait
 RESTORE_TRIAL_S: Final = 30.0  # kernel deadline while a promoted policy is put back; it is confirmed at once
+#: Seconds more to stage a policy, per MiB of its content. 100k rules (11 MiB) take 4 s on a machine of 2025, and have 74.
+STAGE_MIB_S: Final = 4.0
 
 log = logging.getLogger("loopback.host")
 
@@ -246,6 +248,7 @@ async def stage(
             content=content,
             control=control,
             fills=fills or {},
-        )
+        ),
+        REQUEST_S[abi.Stage] + STAGE_MIB_S * len(content) / 2**20,
     )
     return done.detail

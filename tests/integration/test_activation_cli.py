@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+import rulesets
 from activation_fleet import Fleet, fleet, until
 from support import Place
 from support_fleet import OPERATOR
@@ -289,6 +290,24 @@ async def test_a_regulated_workspace_waits_for_a_second_operator_who_sees_what_i
     again = await desk.run("approve", "r2", "--yes", home=ben)
     assert again.code == 2
     assert "[rollout.state]" in again.err
+
+
+async def test_an_approver_sees_what_changes_in_a_policy_that_no_envelope_holds(desk: Desk) -> None:
+    plain = rulesets.plain(rulesets.simple(10_000))
+    desk.write("web.yaml", json.dumps(plain))
+    assert (await desk.run("start", desk.rollout("r1"), "--watch")).code == 0
+    await desk.govern(regulated=True, publishers={"firewall": (desk.publisher,)})
+    removed = plain["rules"].pop(7_000)
+    plain["rules"].append({"name": "dns", "proto": "udp", "ports": 53, "action": "accept"})
+    desk.write("web.yaml", json.dumps(plain))
+    assert (await desk.run("start", desk.rollout("r2"))).code == 0
+    asked = await desk.run("approve", "r2", "--yes", "--json", home=desk.home("ben", BEN))
+    assert asked.code == 0, asked.err
+    review = json.loads(asked.out)["policy"]
+    assert (review["added"], review["removed"], review["before"]) == (1, 1, 1)
+    for line, sign, name in zip(review["diff"], "-+", (removed["name"], "dns"), strict=True):
+        assert line.startswith(f"{sign}rules: ")
+        assert f'"name":"{name}"' in line
 
 
 async def test_only_an_approver_approves(desk: Desk) -> None:

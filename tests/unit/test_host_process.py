@@ -14,7 +14,8 @@ from support import eventually
 
 from loopback.contracts import abi
 from loopback.contracts.codes import Code, Refused
-from loopback.host import proc, process
+from loopback.contracts.desired import Running
+from loopback.host import proc, process, supervisor
 from loopback.host.process import Launch, ModuleProcess
 
 TINY = Path(__file__).parents[1] / "fixtures_modules" / "tiny.py"
@@ -202,3 +203,14 @@ def test_a_process_is_known_by_when_it_started() -> None:
         "another process of that id is safe"
     )
     assert proc.started_at(2**22 + 5) == 0
+
+
+async def test_a_large_policy_has_longer_to_be_staged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(supervisor.REQUEST_S, abi.Stage, 0.25)
+    monkeypatch.setattr(supervisor, "STAGE_MIB_S", 0.25)
+    target = Running("1.0", "c" * 64, "d" * 64, 1)
+    async with running(launch(tmp_path, "hangs-at-stage")) as module:
+        with pytest.raises(Refused, match=r"did not answer stage within 0\.75 s"):
+            await supervisor.stage(module, target, bytes(2 * 2**20))
