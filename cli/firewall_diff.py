@@ -25,6 +25,7 @@ from loopback.cli.firewall_stream import Heard, listen
 from loopback.cli.firewall_where import ConfigOption, DataOption, Place, RootOption, find
 from loopback.cli.interrupts import CtrlC
 from loopback.contracts.codes import Code, Refused
+from loopback.modules.firewall import filling
 from loopback.modules.firewall import flows as tracking
 from loopback.modules.firewall import policy as policies
 from loopback.modules.firewall import shadow as shadows
@@ -84,6 +85,7 @@ def diff_command(
     place = find(config, pins, data)
     with place.view() as view:
         kept = view.policy()
+        new = filling.lent(new, kept)
         compared = looks.compare(kept, new) if kept is not None else None
         changes, total = _flows(view, new, object_path or _object_of(place))
     same = not changes and (compared is None or compared.same)
@@ -134,7 +136,7 @@ def shadow_command(
                 "no policy is in force: there is nothing to compare with",
                 "commit a first one, or use 'diff'",
             )
-        judge = KernelJudge(new, _bytes(object_path or _object_of(place)))
+        judge = KernelJudge(filling.lent(new, view.policy()), _bytes(object_path or _object_of(place)))
         try:
             report = _shadow(view, judge, place, one_in, for_s)
         finally:

@@ -30,6 +30,21 @@ def filled(policy: FirewallPolicy, fills: Mapping[str, Filled]) -> FirewallPolic
     return msgspec.structs.replace(policy, sets={**before, **found, **same})
 
 
+def lent(policy: FirewallPolicy, kept: FirewallPolicy | None) -> FirewallPolicy:
+    """The policy with its sets as full as those of the same source are in `kept`, for whoever compares the two on a host.
+
+    Bounds are not asked: what a host would refuse to take is said when it takes it.
+    """
+    if kept is None:
+        return policy
+    sets = dict(policy.sets)
+    for name, one in policy.filled.items():
+        for other, its in kept.filled.items():
+            if (its.labels, its.pool) == (one.labels, one.pool):
+                sets[name] = PrefixTable.of({*one.prefixes, *kept.sets[other]})
+    return msgspec.structs.replace(policy, sets=sets)
+
+
 def _table(name: str, bounds: FilledSet, given: Filled | None) -> PrefixTable:
     if given is None:
         if len(bounds.prefixes):
