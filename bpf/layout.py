@@ -10,9 +10,10 @@ import ctypes as ct
 import hashlib
 from itertools import zip_longest
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from loopback.bpf import btf
+if TYPE_CHECKING:
+    from loopback.bpf import btf
 
 LAYOUT: Final = 5
 SLOTS: Final = 2
@@ -409,6 +410,8 @@ def check_against_btf(built: Path) -> list[str]:
 
     Raises Refused(PACKAGE_MALFORMED) when the object has no readable BTF, OSError when it cannot be read.
     """
+    from loopback.bpf import btf  # nothing that runs on a host needs it
+
     compiled = {
         name: found for name, found in btf.structures(built.read_bytes()).items() if name.startswith("fw_")
     }

@@ -68,7 +68,7 @@ def made_of(rule: Rule, order: int, identity: int, sets: Sets, places: Mapping[s
     return _plain(rule, order, identity) or _any(rule, order, identity, sets, places)
 
 
-_ANYWHERE: Final = Prefix(4, 0, 0), Prefix(6, 0, 0)  # the address is 0 and the length 0 in both families
+_ANYWHERE: Final = (0, 0, 0)  # a place, in both families
 
 
 def _plain(rule: Rule, order: int, identity: int) -> Made | None:
@@ -93,20 +93,22 @@ def _plain(rule: Rule, order: int, identity: int) -> Made | None:
             s_low, s_high = source_ports[0].low, source_ports[0].high
     transport = (protocol, low, high, s_low, s_high, needs)
     shown = layout.ACCEPTS if rule.action is Action.ACCEPT else 0
-    made: tuple[list[Entry], list[Entry]] = [], []
-    for which, anywhere in enumerate(_ANYWHERE):
-        source, destination = (
-            sources[0] if sources else anywhere,
-            destinations[0] if destinations else anywhere,
-        )
-        if source.family == destination.family == anywhere.family:
-            made[which].append(
-                _entry(
-                    anywhere.family, order, identity, (source.address, source.length, 0),
-                    (destination.address, destination.length, 0), transport, shown,
-                )
-            )  # fmt: skip
-    return Made(rule, order, identity, *made, NO_RECORD, (), True)
+    source = destination = _ANYWHERE
+    in4 = in6 = True
+    if sources:
+        one = sources[0]
+        in4, in6 = one.family == 4, one.family == 6
+        source = (one.address, one.length, 0)
+    if destinations:
+        one = destinations[0]
+        in4, in6 = in4 and one.family == 4, in6 and one.family == 6
+        destination = (one.address, one.length, 0)
+    return Made(
+        rule, order, identity,
+        [_entry(4, order, identity, source, destination, transport, shown)] if in4 else [],
+        [_entry(6, order, identity, source, destination, transport, shown)] if in6 else [],
+        NO_RECORD, (), True,
+    )  # fmt: skip
 
 
 def _any(rule: Rule, order: int, identity: int, sets: Sets, places: Mapping[str, int]) -> Made:

@@ -170,7 +170,7 @@ def key_of(entry: Entry, down: Sequence[int], fine: bool, family: int) -> int:
         if fine and not kind:
             kind, transport = PROTOCOL, protocol << 32
     masks = _MASKS[family]
-    seed = Tuple(a, b, kind).seed
+    seed = a << 11 | b << 3 | kind  # Tuple.seed
     source, destination = entry.source >> 8 & masks[a], entry.destination >> 8 & masks[b]
     return seed << 64 | hash_of(source, destination, transport, seed, family)
 
@@ -189,8 +189,10 @@ def masks_of(kind: Tuple, family: int) -> tuple[int, int, int]:
 def hash_of(source: int, destination: int, transport: int, seed: int, family: int) -> int:
     """The hash that the program computes for a packet with these bits: 64 bits. See classify.h."""
     last = transport + (seed << 40)
-    if family == 4:
-        return _scramble(_spread(source << 32 | destination), last)
+    if family == 4:  # the same as below, without a call
+        first = (source << 32 | destination) * _K1 & _M64
+        found = ((first ^ first >> 32 ^ last >> 29 ^ last) * _K2) & _M64
+        return found ^ found >> 32
     found = _scramble(_spread(source >> 64), source & _M64)
     found = _scramble(found, destination >> 64)
     found = _scramble(found, destination & _M64)
