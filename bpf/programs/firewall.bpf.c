@@ -16,6 +16,7 @@
 #include "flows.h"
 
 #define ADOPTING 16 /* beside a state: a TCP connection that may have been there before the firewall */
+#define LOOPBACK 1 /* the number of lo, in every namespace */
 #define HEADERS 256 /* bytes made linear before a TC program reads headers */
 
 /* The epoch in force: one read of the word, and of the clock only while a commit waits for its confirmation. */
@@ -200,8 +201,10 @@ __noinline int judge(struct packet *packet, __u32 index, __u32 direction, struct
 
 		flow = place ? flow_at(place - 1) : NULL;
 	}
-	/* the identifier of an echo is in both directions: only its type says who asks */
-	if (flow && view.alive && !(packet->flags & ECHO && view.reply != !!(packet->flags & ECHO_REPLY))) {
+	/* The identifier of an echo is in both directions: only its type says who asks. And what a host says to itself is answered
+	 * on the loopback, never from a wire. */
+	if (flow && view.alive && !(packet->flags & ECHO && view.reply != !!(packet->flags & ECHO_REPLY)) &&
+	    !(view.reply && view.ifindex == LOOPBACK && packet->ifindex != LOOPBACK)) {
 		if (!view.allowed) {
 			/* forwarded, or looped back: this hook sees the original for the first time */
 			judge_new(packet, slot, direction, FW_NEW, answer);
