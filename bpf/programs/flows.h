@@ -118,13 +118,13 @@ static __always_inline void flow_touch(struct fw_flow *flow, struct flow_view *v
 	bool reset = tcp && packet->tcp_flags & TCP_RST, fin = tcp && packet->tcp_flags & TCP_FIN;
 	__u64 now = bpf_jiffies64();
 
-	/* A refusal is no answer. And without a handshake who began proves nothing by going on, unless it was this host: a forged
+	/* A refusal is no answer and goes on with nothing. And without a handshake who began proves nothing by going on, unless it was this host: a forged
 	 * request gets its answer, and can be sent twice. */
 	if (view->reply && proof != FW_PROVEN && !reset) {
 		proof = FW_ANSWERED;
 		if (syn)
 			number = packet->number;
-	} else if (!view->reply && proof == FW_ANSWERED && !syn &&
+	} else if (!view->reply && proof == FW_ANSWERED && !syn && !reset &&
 		   (tcp ? !number || packet->number - number < PROOF_WINDOW : view->direction == FW_EGRESS)) {
 		proof = FW_PROVEN;
 	}

@@ -94,6 +94,18 @@ def test_a_refusal_is_no_answer(small: Table) -> None:
     assert [proof for _, proof in proofs(small)] == ["one-sided"]
 
 
+def test_segments_forged_while_connections_are_taken_over_prove_none(racer: bytes) -> None:
+    """Just after the firewall was switched on: the host refuses each, and the enemy says it again."""
+    table = Table(racer, 1024, "version: 1\ndefault: {ingress: drop, egress: accept}\n")
+    try:
+        for _ in range(3):
+            assert table.arrives(to_host(TCP(sport=5000, dport=22, flags="A", seq=78, ack=1)))
+            assert table.leaves(to_peer(TCP(sport=22, dport=5000, flags="R", seq=1)))
+        assert [proof for _, proof in proofs(table)] == ["answered"]
+    finally:
+        table.close()
+
+
 def connect(table: Table, port: int) -> None:
     assert table.arrives(to_host(TCP(sport=port, dport=80, flags="S", seq=77)))
     assert table.leaves(to_peer(TCP(sport=80, dport=port, flags="SA", seq=1000, ack=78)))
