@@ -41,7 +41,7 @@ STATES: Final = {"new": NEW, "established": ESTABLISHED, "related": RELATED, "in
 LAST, ACCEPTS, MORE, SAMPLES, CONDITIONS = 1, 2, 4, 8, 16  # of an entry
 INTERFACES, LIMIT_RULE, LIMIT_SOURCE = 1, 2, 4  # of a rule
 HAS_PORTS, HAS_ICMP = 1, 2  # what an entry may need of a packet
-USES_INTERFACES = 1
+USES_INTERFACES, USES_LIMITS = 1, 2  # of a slot
 
 #: Index is `enum fw_reason`.
 REASONS: Final = (

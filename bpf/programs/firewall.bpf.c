@@ -196,10 +196,14 @@ __noinline int judge(struct packet *packet, __u32 index, __u32 direction, struct
 	}
 	/* with FIN beside it too: some stacks open a connection by that */
 	opening = packet->protocol == PROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
-	if (!opening) {
+	if (!opening || slot->flags & FW_USES_LIMITS) {
 		__u32 place = flow_find(packet, direction, &view);
 
 		flow = place ? flow_at(place - 1) : NULL;
+		/* each SYN is asked for, but not once more on the device above that on which it was let in just now, and paid */
+		if (opening && (view.reply || view.ifindex == packet->ifindex || view.stage != FW_FLOW_OPENING ||
+				view.allowed != slot->epoch))
+			flow = NULL;
 	}
 	/* The identifier of an echo is in both directions: only its type says who asks. And what a host says to itself is answered
 	 * on the loopback, never from a wire. */

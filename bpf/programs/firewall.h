@@ -194,6 +194,7 @@ struct fw_set {
 
 enum fw_slot_flag {
 	FW_USES_INTERFACES = 1,
+	FW_USES_LIMITS = 2,
 };
 
 struct fw_slot {

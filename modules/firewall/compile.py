@@ -142,6 +142,8 @@ def _compiled(
     slot = layout.Slot(default_sample=DEFAULT_SAMPLE)
     slot.digest[:] = digest
     slot.flags = layout.USES_INTERFACES if interfaces else 0
+    if any(rule.limit for rule in policy.rules):
+        slot.flags |= layout.USES_LIMITS
     parts = Parts(layout.Slot)
     while records and records[-1] == NO_RECORD:
         records.pop()  # the program asks only for records that say something

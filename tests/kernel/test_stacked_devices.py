@@ -149,10 +149,26 @@ def test_nobody_uses_a_flow_of_the_loopback_from_the_wire(world: World) -> None:
 
 def macvlan(world: World) -> str:
     """A device of its own address above eth0; the address."""
-    ip(world.host, "link", "add", "mac0", "link", "eth0", "type", "macvlan", "mode", "bridge")
+    address = "02:78:00:00:00:01"
+    ip(
+        world.host,
+        "link",
+        "add",
+        "mac0",
+        "link",
+        "eth0",
+        "address",
+        address,
+        "type",
+        "macvlan",
+        "mode",
+        "bridge",
+    )
     ip(world.host, "link", "set", "mac0", "up")
     ip(world.host, "addr", "add", "10.78.0.1/24", "dev", "mac0")
     ip(world.peer, "addr", "add", "10.78.0.2/24", "dev", "eth0")
+    # eth0 would answer for it as well, and the packets never come by mac0
+    ip(world.peer, "neigh", "add", "10.78.0.1", "lladdr", address, "dev", "eth0")
     return "10.78.0.1"
 
 
@@ -190,10 +206,14 @@ def test_a_packet_that_passes_two_devices_pays_once_and_is_let_in_or_not(world: 
     assert {"eth0", name} <= {one.device for one in datapath.attachments}
     with connected(world.host, world.peer, address) as ends:
         exchange(*ends)
+        assert datapath.totals()["ingress.flow.accept"] > 3, "it was asked on both"
         assert [flow.dport for flow in datapath.flows() if flow.protocol == 6] == [8080]
         world.enforce(SHUT + limited + "  - {name: more, proto: udp, ports: 1, action: accept}\n", datapath)
         exchange(*ends)
         refused(world.host, world.peer, address, 8081)
+        with inside(world.peer), socket.socket() as second, pytest.raises(TimeoutError):
+            second.settimeout(1.5)
+            second.connect((address, 8080))
         world.enforce(SHUT, datapath)
         ends[0].sendall(b"too late")
         ends[1].settimeout(0.5)
@@ -283,7 +303,7 @@ def test_wireguard_needs_its_datagrams_and_what_is_within_is_judged_by_itself(wo
     for namespace, own, far, port in sides:
         ip(namespace, "link", "add", "wg0", "type", "wireguard")
         subprocess.run(
-            ["ip", "netns", "exec", namespace, "wg", "set", "wg0", "listen-port", str(port), "private-key", "/dev/stdin",
+            ["ip", "netns", "exec", namespace, "wg", "set", "wg0", "listen-port", str(port), "private-key", "/proc/self/fd/0",
              "peer", public[1 - own], "allowed-ips", "10.89.0.0/24", "endpoint", f"{far}:{51821 - own}"],
             input=keys[own], check=True, capture_output=True,
         )  # fmt: skip
