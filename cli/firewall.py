@@ -17,7 +17,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from loopback.cli import firewall_diff, firewall_import, firewall_observe, firewall_pcap, firewall_stats
+from loopback.cli import (
+    fileerrors,
+    firewall_diff,
+    firewall_import,
+    firewall_observe,
+    firewall_pcap,
+    firewall_stats,
+)
 from loopback.cli.firewall_judge import Kind, Verdict, open_judge, open_kernel
 from loopback.cli.firewall_packets import MAX_PACKETS, read_lines, read_one
 from loopback.contracts.codes import Code, Refused
@@ -57,16 +64,23 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout."
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="The policy, YAML or JSON.")],
+    file: Annotated[Path, typer.Argument(help="The policy, YAML or JSON; - is stdin.")],
     as_json: JsonOption = False,
     judge: JudgeOption = Kind.AUTO,
     object_path: ObjectOption = None,
 ) -> None:
-    """Read a policy, tell everything that is wrong with it, and run its own tests."""
+    """Read a policy, tell what is wrong with it, and run its own tests.
+
+    Exit code: 0 every test holds, 1 one does not, 2 the policy or the call is wrong.
+    """
+    stdin = str(file) == "-"
+    file = Path("stdin") if stdin else file
     try:
-        found = policy.parse(file.read_bytes(), str(file))
+        found = policy.parse(sys.stdin.buffer.read() if stdin else file.read_bytes(), str(file))
         # whether the program has room for it is as pure a question, and answered on any machine
         compiler.compile_policy(found, compiler.assign({}, [rule.name for rule in found.rules]))
+        with open_judge(found, judge, object_path) as judging:
+            verdicts = judging.judge([test.packet for test in found.tests])
     except PolicyRefused as error:
         if as_json:
             _print(
@@ -78,20 +92,19 @@ def check(
                 }
             )
         _refuse(error)
-    except Refused as error:
-        if as_json:
-            line, field, what = 0, "", error.reason
-            if isinstance(error, RuleRefused):
-                place = [rule.name for rule in found.rules].index(error.rule.name)
-                line, what = error.rule.line, error.what
-                field = f"rules[{place}]" + f".{error.field}" * bool(error.field)
+    except (Refused, OSError) as error:
+        told = error if isinstance(error, Refused) else fileerrors.refusal(error)
+        if as_json and told is not None:
+            line, field, what = 0, "", told.reason
+            if isinstance(told, RuleRefused):
+                place = [rule.name for rule in found.rules].index(told.rule.name)
+                line, what = told.rule.line, told.what
+                field = f"rules[{place}]" + f".{told.field}" * bool(told.field)
             only = Problem(
-                source=str(file), line=line, column=0, field=field, message=what, hint=error.next_step
+                source=str(file), line=line, column=0, field=field, message=what, hint=told.next_step
             )
-            _print({"ok": False, "code": error.code, "problems": [_problem(only)], "failed": []})
+            _print({"ok": False, "code": told.code, "problems": [_problem(only)], "failed": []})
         raise
-    with open_judge(found, judge, object_path) as judging:
-        verdicts = judging.judge([test.packet for test in found.tests])
     failed = []
     for index, (test, verdict) in enumerate(zip(found.tests, verdicts, strict=True)):
         if verdict.action != test.expect:
@@ -141,32 +154,42 @@ def explain(
         typer.Option("--pcap", help="Frames of a capture (pcap, pcapng), as they were on the wire."),
     ] = None,
     direction: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--direction", help="With --pcap: ingress or egress, where the capture does not say it."
+            "--direction",
+            help="With --pcap: ingress or egress, where the capture does not say it.",
+            show_default="ingress",
         ),
-    ] = "ingress",
+    ] = None,
     as_json: JsonOption = False,
     judge: JudgeOption = Kind.AUTO,
     object_path: ObjectOption = None,
 ) -> None:
     """Say what a policy does to packets, and which rule decides: null where it is the default.
 
-    A packet is {"direction","src","dst","proto","sport","dport","icmp_type","icmp_code","tcp_flags","iface","state"}; only
-    src, dst and proto must be there. With --json each packet gives one line {"verdict","rule","generation"}.
+    A packet is JSON with src, dst, proto, and where they matter direction, sport, dport, icmp_type, icmp_code, tcp_flags,
+    iface, state. With --json each packet gives one line {"verdict","rule","generation"}. One bad line, and none is judged.
+
+    Example: --packet '{"src": "203.0.113.9", "dst": "10.1.0.5", "proto": "tcp", "dport": 22}'
 
     Frames of a capture go to the kernel's program byte for byte, each as the first of its connection.
     """
     if [packet, packets, pcap].count(None) != 2:
         raise Refused(
             Code.POLICY_INVALID,
-            "explain needs either --packet or --packets, or --pcap",
+            "explain needs one of --packet, --packets and --pcap",
             "give one of the three",
+        )
+    if pcap is None and direction is not None:
+        raise Refused(
+            Code.POLICY_INVALID,
+            "--direction is for --pcap; a packet says its direction itself",
+            f'write "direction": "{direction}" into the packet',
         )
     try:
         found = policy.parse(policy_file.read_bytes(), str(policy_file))
         if pcap is not None:
-            _explain_frames(found, pcap, direction, as_json, judge, object_path)
+            _explain_frames(found, pcap, direction or "ingress", as_json, judge, object_path)
             return
         asked = [read_one(packet, "--packet")] if packet is not None else read_lines(packets or Path("-"))
     except PolicyRefused as error:
@@ -273,5 +296,5 @@ def _print(value: Any) -> None:
 
 
 def _refuse(error: PolicyRefused) -> NoReturn:
-    typer.echo(render(error.problems), err=True)
+    typer.echo(render(error.problems, error.code), err=True)
     raise typer.Exit(EXIT_REFUSED) from None

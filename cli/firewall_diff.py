@@ -215,5 +215,5 @@ def _read(path: Path) -> FirewallPolicy:
     try:
         return policies.parse(path.read_bytes(), str(path))
     except PolicyRefused as error:
-        typer.echo(render(error.problems), err=True)
+        typer.echo(render(error.problems, error.code), err=True)
         raise typer.Exit(EXIT_REFUSED) from None

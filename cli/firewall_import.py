@@ -24,6 +24,7 @@ MAX_INPUT: Final = 32 * 1024 * 1024  # bytes; as a policy's own text
 _SHOWN: Final = 20  # things that cannot be said, told one by one
 _LONGEST: Final = 160  # characters of one of them
 _SET_FROM: Final = 32  # addresses of a field that become a set of their own
+_SAVE: Final = "save it anew: 'iptables-save | loopback firewall import -', or 'nft -j list ruleset | …'"
 _DIRECTIONS: Final = (("INPUT", "ingress"), ("OUTPUT", "egress"))
 
 Refusals = list[tuple[int, str, str]]
@@ -32,7 +33,11 @@ Refusals = list[tuple[int, str, str]]
 def translate(data: bytes) -> tuple[dict[str, Any], Refusals, list[str]]:
     """A policy as plain values, what could not be said (line, what, why), and remarks. Raises Refused(POLICY_MALFORMED)."""
     if len(data) > MAX_INPUT:
-        raise Refused(Code.POLICY_MALFORMED, f"{len(data)} bytes are more than the {MAX_INPUT} allowed")
+        raise Refused(
+            Code.POLICY_MALFORMED,
+            f"{len(data)} bytes are more than the {MAX_INPUT} allowed",
+            "import less at once",
+        )
     text = data.decode(errors="replace").lstrip()
     nft = text.startswith("{")
     families = frozenset((4, 6))
@@ -43,7 +48,7 @@ def translate(data: bytes) -> tuple[dict[str, Any], Refusals, list[str]]:
             raise Refused(
                 Code.POLICY_MALFORMED,
                 "it is neither what 'nft -j list ruleset' prints nor iptables-save's table filter",
-                "loopback firewall import <(iptables-save)",
+                _SAVE,
             )
         families = frozenset((6,) if _is_six(text) else (4,))
         read = firewall_import_iptables.read(text, min(families))

@@ -8,6 +8,7 @@ import shlex
 from typing import Any, Final, NamedTuple
 
 from loopback.cli.firewall_import_flat import CannotSay, Clause, Network, Ports, Step, but, but_ports
+from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import policy_fields as fields
 from loopback.modules.firewall.policy_fields import ICMP, ICMPV6, Wrong
 
@@ -27,15 +28,20 @@ class Read(NamedTuple):
 
 
 def read(text: str, family: int) -> Read:
-    """The filter table. What our language cannot say is in `refused`."""
+    """The filter table. What our language cannot say is in `refused`. Raises Refused(POLICY_MALFORMED) for a cut text."""
     found = Read({}, {}, [], {})
     table = ""
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
-        if not line or line.startswith("#") or line == "COMMIT":
+        if not line or line.startswith("#"):
+            continue
+        if line == "COMMIT":
+            table = ""
             continue
         found.texts[number] = line
         if line.startswith("*"):
+            if table:
+                break
             table = line[1:]
         elif line.startswith(":"):
             name, _, rest = line[1:].partition(" ")
@@ -48,6 +54,8 @@ def read(text: str, family: int) -> Read:
                 found.refused.append(
                     (number, line, f"the table {table} is not about what a host lets in and out")
                 )
+        elif not table:
+            found.refused.append((number, line, "it stands in no table"))
         elif table != "filter":
             found.refused.append(
                 (number, line, f"the table {table} is not about what a host lets in and out")
@@ -58,6 +66,12 @@ def read(text: str, family: int) -> Read:
                 found.chains.setdefault(chain, []).extend([step] if step else [])
             except CannotSay as error:
                 found.refused.append((number, line, str(error)))
+    if table:
+        raise Refused(
+            Code.POLICY_MALFORMED,
+            f"the table {table} does not end with COMMIT: the text was cut, and rules may be missing",
+            "save it anew: 'iptables-save > FILE'",
+        )
     return found
 
 

@@ -26,14 +26,20 @@ def read(text: bytes) -> Read:
     try:
         listed = msgspec.json.decode(text, type=dict[str, list[dict[str, Any]]])["nftables"]
     except (msgspec.MsgspecError, ValueError, KeyError, RecursionError):
-        raise Refused(Code.POLICY_MALFORMED, "it is not what 'nft -j list ruleset' prints") from None
+        raise Refused(
+            Code.POLICY_MALFORMED, "it is not what 'nft -j list ruleset' prints", "nft -j list ruleset > FILE"
+        ) from None
     found = Read({}, {}, [], {})
     names: dict[tuple[Any, ...], str] = {}
     sets: dict[tuple[Any, ...], Any] = {}
     for number, item in enumerate(listed, 1):
         for kind, body in item.items():
             if not isinstance(body, dict):
-                raise Refused(Code.POLICY_MALFORMED, f"entry {number} of the ruleset is no {kind}")
+                raise Refused(
+                    Code.POLICY_MALFORMED,
+                    f"entry {number} of the ruleset is no {kind}",
+                    "nft -j list ruleset > FILE",
+                )
             place = _place(body, body.get("chain") or body.get("name"))
             if kind == "chain":
                 _chain(found, names, number, place, body)

@@ -23,7 +23,9 @@ from loopback.cli.firewall_where import ConfigOption, DataOption, RootOption, fi
 from loopback.cli.interrupts import CtrlC
 from loopback.cli.printing import printable
 from loopback.contracts.codes import Code, Refused
+from loopback.modules.firewall import policy_fields as fields
 from loopback.modules.firewall.observing import Wish
+from loopback.modules.firewall.policy_fields import Wrong
 from loopback.modules.firewall.reading import View
 
 NAME_WIDTH: Final = 24  # columns of a rule's name; longer ones lose their middle, but for pipes and --json
@@ -43,7 +45,9 @@ def command(
     proto: Annotated[
         str | None, typer.Option("--proto", help="Only this protocol: tcp, udp, icmp, 47 …")
     ] = None,
-    port: Annotated[int | None, typer.Option("--port", help="Only from or to this port.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="Only from or to this port.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="Only on this device; * is allowed.")] = None,
     direction: Annotated[
         str | None, typer.Option("--direction", help="Only ingress, or only egress.")
@@ -180,10 +184,20 @@ def _tests(**given: Any) -> list[Test]:
         if given[name] is not None:
             tests.append(_within(name, given[name]))
     if given["proto"] is not None:
-        tests.append(_equal("proto", given["proto"].lower()))
+        tests.append(_protocol(given["proto"].lower()))
     if given["port"] is not None:
         tests.append(lambda event: given["port"] in (event.get("sport"), event.get("dport")))
     return tests
+
+
+def _protocol(text: str) -> Test:
+    try:
+        number = fields.protocol(text)
+    except Wrong as error:
+        raise Refused(Code.POLICY_INVALID, f"--proto: {error.message}", error.hint) from None
+    # reports name the usual ones, and give the others by number
+    words = (str(number), fields.PROTOCOL_NAMES.get(number))
+    return lambda event: event.get("proto") in words
 
 
 def _equal(field: str, value: str) -> Test:

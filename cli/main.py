@@ -19,8 +19,8 @@ import typer.core
 import typer.main
 
 import loopback
+from loopback.cli import fileerrors, printing
 from loopback.cli import home as installation
-from loopback.cli import printing
 from loopback.contracts.codes import Refused
 
 EXIT_NO = 1
@@ -132,6 +132,8 @@ def refusals(error: BaseException) -> list[Refused]:
 def explain(error: BaseException) -> str | None:
     """What to tell a person, or None for a defect of ours, whose traceback is wanted."""
     found = refusals(error)
+    if isinstance(error, OSError) and (unread := fileerrors.refusal(error)):
+        found = [unread]
     if found:
         return printing.lines(
             "\n".join(

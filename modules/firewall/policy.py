@@ -228,8 +228,8 @@ def to_json(plain: Any) -> bytes:
 
 
 def read_packet(data: bytes, source: str = "packet") -> Packet:
-    """A packet from one JSON or YAML mapping; `null` is as good as absent. Raises PolicyRefused as `parse` does."""
-    text = Source(data, source)
+    """A packet from one JSON object; `null` is as good as absent. Raises PolicyRefused as `parse` does."""
+    text = Source(data, source, packet=True)
     try:
         return packet(text.plain)
     except Wrong as error:

@@ -22,6 +22,13 @@ MAX_PROBLEMS: Final = 10  # told at once; more help nobody
 MAX_QUOTED: Final = 60  # characters of somebody's value repeated in a message
 _MAX_LINED: Final = 1024 * 1024  # characters; items of a longer JSON text do not know their lines
 
+POLICY_HINT: Final = (
+    "a policy is YAML or JSON that starts with 'version: 1'; docs/policy.md shows a whole one"
+)
+PACKET_HINT: Final = (
+    'a packet is JSON, e.g. {"src": "203.0.113.9", "dst": "10.1.0.5", "proto": "tcp", "dport": 22}'
+)
+
 Path = tuple[str | int, ...]
 
 
@@ -64,11 +71,16 @@ class Mark(NamedTuple):
 
 
 class Source:
-    """The text of one policy. `plain` is its content as JSON-able values."""
+    """The text of one policy, or (`packet`) of one packet. `plain` is its content as JSON-able values."""
 
-    def __init__(self, data: bytes, name: str) -> None:
-        """Decode. Raises PolicyRefused(POLICY_MALFORMED) where the text is neither JSON nor YAML, or abuses either."""
+    def __init__(self, data: bytes, name: str, *, packet: bool = False) -> None:
+        """Decode. Raises PolicyRefused(POLICY_MALFORMED) where the text is neither JSON nor YAML, or abuses either.
+
+        A packet is JSON alone: programs write such lines, and one that reads only as YAML is a mistake of theirs.
+        """
         self.name = name
+        self._only_json = packet or name.endswith(".json")
+        self._hint = PACKET_HINT if packet else POLICY_HINT
         self.yaml = False
         self._lines: dict[Path, int] = {}
         if len(data) > MAX_TEXT:
@@ -84,14 +96,14 @@ class Source:
 
     def _decode(self) -> Any:
         if not self.text.strip():
-            raise self.malformed(None, "there is nothing in it", "a policy starts with 'version: 1'")
-        if self.name.endswith(".json") or self.text.lstrip().startswith(("{", "[")):
+            raise self.malformed(None, "there is nothing in it")
+        if self._only_json or self.text.lstrip().startswith(("{", "[")):
             try:
                 return read_json(self.text)
             except json.JSONDecodeError as error:
                 try:
-                    if self.name.endswith(".json"):
-                        raise ImportError  # its name says JSON: YAML that happens to read is not what was meant
+                    if self._only_json:
+                        raise ImportError  # JSON was asked for: YAML that happens to read is not what was meant
                     return self._read_yaml()
                 except (ImportError, Refused):
                     place = Place(error.lineno, error.colno)
@@ -175,8 +187,7 @@ class Source:
 
     def malformed(self, place: Place | None, message: str, hint: str = "") -> PolicyRefused:
         """The refusal of a text that cannot be read at all."""
-        hint = hint or "correct the text; 'loopback firewall check FILE' tells whether it reads"
-        return PolicyRefused(Code.POLICY_MALFORMED, (self.problem(place, "", message, hint),))
+        return PolicyRefused(Code.POLICY_MALFORMED, (self.problem(place, "", message, hint or self._hint),))
 
 
 def quote(value: Any) -> str:
@@ -348,11 +359,11 @@ def _skip(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def render(problems: tuple[Problem, ...]) -> str:
+def render(problems: tuple[Problem, ...], code: Code) -> str:
     """Problems as a compiler tells them: the place, the line with a caret below it, and what would be right."""
     written: list[str] = []
     for problem in problems:
-        written.append(str(problem))
+        written.append(f"{problem}  [{code}]")
         if problem.line and problem.excerpt.strip():
             start = max(0, problem.column - 100)  # of a long line, what stands around the place
             shown = problem.excerpt[start : start + 120]

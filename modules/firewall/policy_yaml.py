@@ -63,8 +63,10 @@ def _events(text: str) -> Iterator[Any]:
         yield from yaml.parse(text, Loader=_LOADER)
     except yaml.MarkedYAMLError as error:
         said = error.problem or error.context or "it does not read"
-        hint = "indent with spaces" if "'\\t'" in said or "tab" in said else ""
-        raise Malformed(_place(error.problem_mark or error.context_mark), f"not YAML: {said}", hint) from None
+        place = _place(error.problem_mark or error.context_mark)
+        rows = text.split("\n")[place.line - 1 : place.line] if place else []
+        tab = "tab" in said or any(row[place.column - 1 :].startswith("\t") for row in rows if place)
+        raise Malformed(place, f"not YAML: {said}", "indent with spaces" if tab else "") from None
     except yaml.YAMLError as error:  # a reader error: characters that YAML does not allow
         wrong = Reader.NON_PRINTABLE.search(text)
         place = place_of(text, wrong.start()) if wrong else None

@@ -192,6 +192,17 @@ def test_a_person_is_told_what_is_missing_and_may_go_on_without(
     assert "neither what 'nft -j list ruleset' prints" in err
 
 
+WHOLE = "*nat\nCOMMIT\n*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp -j DROP\nCOMMIT\n"
+
+
+@pytest.mark.parametrize("cut", [WHOLE.removesuffix("COMMIT\n"), WHOLE.replace("*nat\nCOMMIT", "*nat")])
+def test_a_text_of_iptables_that_was_cut_is_refused_as_rules_may_be_missing(cut: str) -> None:
+    assert translate(WHOLE.encode())[0]["rules"]
+    with pytest.raises(Refused, match="does not end with COMMIT") as caught:
+        translate(cut.encode())
+    assert caught.value.next_step
+
+
 @pytest.mark.parametrize("data", [b"{", b'{"nftables": 1}', b'{"nftables": [{"chain": 5}]}', b"[" * 100_000])
 def test_what_is_no_ruleset_is_refused(data: bytes) -> None:
     with pytest.raises(Refused) as caught:

@@ -110,6 +110,7 @@ NONE = dict.fromkeys(("verdict", "rule", "src", "dst", "proto", "port", "device"
         ({}, True), ({"verdict": "drop"}, True), ({"verdict": "accept"}, False), ({"rule": "web-*"}, True),
         ({"rule": ""}, False), ({"src": "192.0.2.0/24"}, True), ({"src": "198.51.100.0/24"}, False),
         ({"src": "2001:db8::/32"}, False), ({"dst": "2001:db8::1"}, True), ({"proto": "TCP"}, True), ({"port": 80}, True),
+        ({"proto": "6"}, True), ({"proto": "gre"}, False),
         ({"port": 443}, False), ({"device": "eth*"}, True), ({"direction": "egress"}, False),
         ({"verdict": "drop", "port": 443}, False),
     ],
@@ -118,10 +119,17 @@ def test_filters_let_pass_what_they_name(filters: dict[str, Any], passes: bool) 
     assert all(test(EVENT) for test in observe._tests(**(NONE | filters))) is passes
 
 
-@pytest.mark.parametrize("wrong", [{"verdict": "deny"}, {"src": "10.0.0.256"}, {"direction": "in"}])
+@pytest.mark.parametrize(
+    "wrong", [{"verdict": "deny"}, {"src": "10.0.0.256"}, {"direction": "in"}, {"proto": "tpc"}]
+)
 def test_a_filter_that_cannot_be_is_refused_by_its_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(Refused, match=f"--{next(iter(wrong))}"):
         observe._tests(**(NONE | wrong))
+
+
+def test_a_protocol_is_found_by_its_name_where_reports_give_its_number() -> None:
+    (test,) = observe._tests(**(NONE | {"proto": "gre"}))
+    assert test({**EVENT, "proto": "47"})
 
 
 def test_lines_for_eyes_bound_names_and_lines_for_pipes_do_not() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -95,12 +96,66 @@ def test_a_policy_that_the_program_has_no_room_for_is_refused_on_any_machine(
     assert "line 5: rule 'every'" in err and "needs more than" in err
 
 
-def test_a_missing_file_is_told_without_a_traceback(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "says", "step"),
+    [("none.yaml", "No such file or directory", "see that its name"), ("", "Is a directory", "name a file")],
+)
+def test_a_file_that_cannot_be_read_is_told_with_a_code_and_a_next_step_in_words_and_in_json(
+    name: str, says: str, step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, err = run(capsys, "check", tmp_path / "none.yaml")
-    assert code == 2
-    assert err == f"error: No such file or directory: {tmp_path / 'none.yaml'}\n"
+    path = tmp_path / name
+    code, out, err = run(capsys, "check", path)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {says}: {path}  [config.invalid]\n  next: {step}")
+    code, out, _ = run(capsys, "check", path, "--json")
+    found = json.loads(out)
+    assert (code, found["ok"], found["code"]) == (2, False, "config.invalid")
+    assert says in found["problems"][0]["message"] and step in found["problems"][0]["hint"]
+
+
+def test_a_judge_that_does_not_open_is_told_to_programs_too(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "check", good, "--json", "--object", good)  # no object, whoever asks
+    assert (code, json.loads(out)["ok"]) == (2, False)
+
+
+def test_a_policy_may_come_by_stdin(
+    good: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(good.read_bytes())))
+    code, out, _ = run(capsys, "check", "-", "--judge", "oracle")
+    assert (code, out.split(":")[0]) == (0, "stdin")
+
+
+def test_a_direction_that_would_not_count_is_refused(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packet = '{"src":"203.0.113.9","dst":"10.1.0.5","proto":"tcp","dport":22}'
+    code, out, err = run(capsys, "explain", "--policy", good, "--packet", packet, "--direction", "egress")
+    assert (code, out) == (2, "")
+    assert 'write "direction": "egress" into the packet' in err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"src": "203.0.113.9", "dst": "10.1.0.5", "proto": "tcp", dport: 22}', "not JSON"),
+        ("{'src': '203.0.113.9', 'dst': '10.1.0.5', 'proto': 'tcp'}", "not JSON"),
+        ("src: 203.0.113.9", "not JSON"),
+        ('{"src": "203.0.113.9", "dst"', "not JSON"),
+    ],
+)
+def test_a_line_that_is_no_json_is_named_and_told_how_a_packet_looks(
+    line: str, says: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packet = '{"src":"203.0.113.9","dst":"10.1.0.5","proto":"tcp","dport":22}'
+    lines = tmp_path / "packets.jsonl"
+    lines.write_text(f"{packet}\n\n{line}\n{packet}\n")
+    code, out, err = run(
+        capsys, "explain", "--policy", good, "--packets", lines, "--json", "--judge", "oracle"
+    )
+    assert (code, out) == (2, "")
+    assert err.startswith(f"{lines}:3:") and says in err and "  [policy.malformed]" in err
+    assert "a packet is JSON" in err
 
 
 def test_explain_prints_one_json_line_for_each_packet_line(
@@ -151,7 +206,7 @@ def test_explain_wants_packets_from_one_place(
 ) -> None:
     code, _, err = run(capsys, "explain", "--policy", good, *arguments)
     assert code == 2
-    assert "either --packet or --packets" in err
+    assert "one of --packet, --packets and --pcap" in err
 
 
 def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

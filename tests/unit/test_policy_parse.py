@@ -258,6 +258,13 @@ def test_what_is_no_policy_text_is_refused(text: bytes, says: str) -> None:
     assert says in caught.value.reason
 
 
+@pytest.mark.parametrize("text", [b"\tversion: 1", b"rules:\n\t- name: a"])
+def test_a_tab_in_yaml_is_told_as_one(text: bytes) -> None:
+    with pytest.raises(PolicyRefused) as caught:
+        policy.parse(text, "web.yaml")
+    assert caught.value.problems[0].hint == "indent with spaces"
+
+
 def test_aliases_that_grow_without_bound_are_refused_early() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
