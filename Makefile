@@ -12,7 +12,7 @@ demo:            ## the whole product on this machine, live (root)
 test:            ## lint, types, imports, then every test (root)
 	@deploy/setup.sh test
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2
 test-stolen-activation:  ## what whoever has activation's key cannot do, and no more than `rollout plan` says
 	@deploy/setup.sh test
 	@$(PY) -m pytest tests/attacks/test_stolen_activation*.py tests/attacks/test_stolen_gates.py tests/attacks/test_wiped_host.py

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support import EmbeddedPlace, Place
 from support_containers import ContainerPlace, Engine, NoEngine, engine, no_containers
+
+# A machine that is busy makes an example slow, not wrong.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +52,29 @@ async def any_broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIte
         yield place
     finally:
         await place.close()
+
+
+#: What takes the machine itself as it is: kernel objects, namespaces, control groups, a container engine, the demo.
+MACHINE = (
+    "tests/kernel/",
+    "tests/e2e/",
+    "tests/attacks/test_power_",
+    "tests/integration/test_bench_",
+    "tests/integration/test_deploy_compose",
+    "tests/integration/test_deploy_run",
+    "tests/integration/test_host_spawner",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers (`make test`): a file is one worker's, and so is everything that takes the machine."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(MACHINE) or "[container" in nodeid:
+                return "the machine"
+            return super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
