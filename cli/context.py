@@ -19,7 +19,6 @@ import nats.errors
 import nats.js.api
 import nats.js.errors
 from opentelemetry import propagate, trace
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -342,6 +341,9 @@ def operator_span(name: str, attributes: dict[str, str]) -> Iterator[dict[str, s
     if _provider is None:
         _provider = TracerProvider(resource=Resource.create({"service.name": "loopback-cli"}))
         if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+            # a sixth of a command's start, for those who want it
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
             _provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(timeout=5)))
     tracer = _provider.get_tracer("loopback.cli")
     carrier: dict[str, str] = {}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 from collections.abc import AsyncIterator
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from support import Place
@@ -40,14 +43,16 @@ async def services(place: Place) -> AsyncIterator[None]:
 class Operator:
     """Types commands; each answers with its exit code and what it printed."""
 
-    def __init__(self, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-        self._home = str(place.home)
+    def __init__(self, place: Place | Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """At an installation, or at the home of one."""
+        self._home = str(place if isinstance(place, Path) else place.home)
         self._capsys = capsys
 
     async def __call__(self, *words: str) -> tuple[int, str, str]:
         """Run one command in a thread, as a process of its own would."""
         self._capsys.readouterr()
-        code = await asyncio.to_thread(self._run, words)
+        with mock.patch("sys.stdin", io.StringIO()):
+            code = await asyncio.to_thread(self._run, words)
         out, err = self._capsys.readouterr()
         return code, out, err
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import json
-import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import rulesets
 from activation_fleet import Fleet, fleet, until
 from support import Place
+from support_cli import Operator as Typing
 from support_fleet import OPERATOR
 
 from loopback.cli import context
@@ -57,7 +57,8 @@ class Answer(NamedTuple):
 class Desk:
     """An operator's desk: a folder with files, and the command line."""
 
-    def __init__(self, found: Fleet, folder: Path) -> None:
+    def __init__(self, found: Fleet, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
         self.fleet = found
         self.folder = folder
         OPERATOR.save(found.place.home / "operator.pem")
@@ -112,14 +113,10 @@ class Desk:
         return str(self.write(f"{name}.yaml", ROLLOUT.replace("NAME", name).replace("VERSION", version)))
 
     async def run(self, *arguments: str, home: Path | None = None, area: str = "rollout") -> Answer:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loopback.cli.main", "--home", str(home or self.fleet.place.home), area, *arguments,
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        out, err = await process.communicate()
-        assert "Traceback" not in err.decode(), err.decode()
-        assert process.returncode is not None
-        return Answer(process.returncode, out.decode(), err.decode())
+        loopback = Typing(home or self.fleet.place.home, self._capsys)
+        answer = Answer(*await loopback(area, *arguments))
+        assert "Traceback" not in answer.err, answer.err
+        return answer
 
     async def json(self, *arguments: str) -> Any:
         answer = await self.run(*arguments, "--json")
@@ -128,9 +125,9 @@ class Desk:
 
 
 @pytest.fixture
-async def desk(broker: Place, tmp_path: Path) -> AsyncIterator[Desk]:
+async def desk(broker: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> AsyncIterator[Desk]:
     async with fleet(broker, "h0", "h1", "h2") as found:
-        made = Desk(found, tmp_path)
+        made = Desk(found, tmp_path, capsys)
         await made.govern()
         yield made
 
@@ -321,7 +318,9 @@ async def test_only_an_approver_approves(desk: Desk) -> None:
     assert "[command.unauthorised]" in vera.err
 
 
-async def test_an_approver_is_not_fooled_by_what_activation_shows(desk: Desk) -> None:
+async def test_an_approver_is_not_fooled_by_what_activation_shows(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The journal is activation's; the start in it is its operator's, and so is everything that is shown of it."""
     await desk.govern(regulated=True, publishers={"firewall": (desk.publisher,)})
     assert (await desk.run("start", desk.rollout("r1"))).code == 0
@@ -330,6 +329,8 @@ async def test_an_approver_is_not_fooled_by_what_activation_shows(desk: Desk) ->
     for replica in desk.fleet.replicas:
         await replica.stop()
     desk.fleet.replicas.clear()
+    impatient = functools.partialmethod(context.Session.result, timeout=0.5)  # nobody will answer
+    monkeypatch.setattr(context.Session, "result", impatient)
 
     async def shows(name: str, event: journal.Created) -> Answer:
         chain = documents.Chain("prod", name, 0, "")
