@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from loopback.cli import certificates
+import pytest
+
+from loopback.cli import certificates, main
+
+Run = Callable[..., tuple[int, str, str]]
 
 
-def loopback(*words: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "loopback.cli.main", "tls", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def loopback(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main.main(["tls", *words])
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return run
 
 
-def test_it_makes_an_authority_and_a_certificate_for_each_server(tmp_path: Path) -> None:
+def test_it_makes_an_authority_and_a_certificate_for_each_server(tmp_path: Path, loopback: Run) -> None:
     out = str(tmp_path / "tls")
     code, told, said = loopback(
         "init", "--out", out, "--host", "nats-1,nats-1.example,10.0.0.11", "--host", "nats-2"
@@ -30,7 +38,7 @@ def test_it_makes_an_authority_and_a_certificate_for_each_server(tmp_path: Path)
     assert (tmp_path / "tls" / "ca.pem").read_bytes() == authority, "one more server, the same authority"
 
 
-def test_it_renews_what_ends_soon_and_nothing_else(tmp_path: Path) -> None:
+def test_it_renews_what_ends_soon_and_nothing_else(tmp_path: Path, loopback: Run) -> None:
     certificates.make_authority(tmp_path)
     certificates.issue(tmp_path, "old", ["old", "192.0.2.1"], datetime.now(UTC) - timedelta(days=70))
     certificates.issue(tmp_path, "new", ["new"])
@@ -45,7 +53,7 @@ def test_it_renews_what_ends_soon_and_nothing_else(tmp_path: Path) -> None:
     assert not certificates.due(renewed, datetime.now(UTC))
 
 
-def test_mistakes_are_told_in_words(tmp_path: Path) -> None:
+def test_mistakes_are_told_in_words(tmp_path: Path, loopback: Run) -> None:
     for words in (
         ("init", "--out", str(tmp_path), "--host", "not a name"),
         ("init", "--out", str(tmp_path), "--host", ","),
