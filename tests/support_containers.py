@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import itertools
 import os
@@ -99,14 +100,14 @@ def _await_engine(daemon: subprocess.Popen[bytes], found: Engine, log: Path) -> 
         if daemon.poll() is not None or time.monotonic() > deadline:
             raise NoEngine(f"dockerd does not run: {log.read_text()[-400:]}")
         if path.exists():
-            client = docker.DockerClient(base_url=found.url)
-            try:
-                client.ping()
-                return
-            except (docker.errors.DockerException, OSError):
-                pass  # its socket is there before it answers
-            finally:
-                client.close()
+            # its socket is there before it answers, and the client asks for its version when it is made
+            with contextlib.suppress(docker.errors.DockerException, OSError):
+                client = docker.DockerClient(base_url=found.url)
+                try:
+                    client.ping()
+                    return
+                finally:
+                    client.close()
         daemon_wait(daemon, 0.05)
 
 
