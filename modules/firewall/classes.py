@@ -26,17 +26,22 @@ _order: Final = attrgetter("order")
 class Classes(NamedTuple):
     """`table` has the class of each first byte, of sources and then of destinations; `seeds` are the tuples that ask for them.
 
-    `chains` are all, by key as in tuples.py; those that are alike are one object.
+    `chains` are theirs, by key as in tuples.py; those that are alike are one object.
     """
 
     table: bytes
     seeds: frozenset[int]
     chains: dict[int, list[Entry]]
 
+    def within(self, every: Mapping[int, list[Entry]]) -> dict[int, list[Entry]]:
+        """All chains of a classifier, with these in the place of the whole ones."""
+        return {key: chain for key, chain in every.items() if key >> 64 not in self.seeds} | self.chains
+
 
 class Known(NamedTuple):
-    """What was told apart last: the entries, and what became of them."""
+    """What was told apart last: the key and length of each chain, the entries of all, and what became of them."""
 
+    shape: list[tuple[int, int]]
     entries: list[Entry]
     found: Classes | None
 
@@ -45,14 +50,10 @@ def told_apart(chains: Mapping[int, list[Entry]], family: int, known: Known | No
     """The chains of the tuples that look at no address, by pairs of classes; None where there is nothing to tell apart."""
     short = {key: chain for key, chain in chains.items() if not key >> 64 >> 3}
     every = [entry for chain in short.values() for entry in chain]
-    if known is not None and len(every) == len(known.entries) and all(map(is_, every, known.entries)):
-        before = known.found
-    else:
-        before = _told_apart(short, family)
-    if before is None:
-        return Known(every, None)
-    rest = {key: chain for key, chain in chains.items() if key >> 64 not in before.seeds}
-    return Known(every, before._replace(chains=rest | before.chains))
+    shape = [(key, len(chain)) for key, chain in short.items()]
+    if known is not None and shape == known.shape and all(map(is_, every, known.entries)):
+        return known
+    return Known(shape, every, _told_apart(short, family))
 
 
 def _told_apart(short: Mapping[int, list[Entry]], family: int) -> Classes | None:

@@ -80,7 +80,7 @@ def lay_entries(
         protocols, found = _tables(grouped, whose, known)
     known.apart[whose] = told_apart(grouped.chains, family, known.apart.get(whose))
     apart = known.apart[whose].found
-    heads, chains = tuples.heads(apart.chains if apart else grouped.chains)
+    heads, chains = tuples.heads(apart.within(grouped.chains) if apart else grouped.chains)
     at.tuples = len(grouped.best)
     at.count = sum(map(len, chains))
     at.entries = parts.add(_packed(chains, family))

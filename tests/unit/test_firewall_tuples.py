@@ -16,7 +16,7 @@ from support_slot import Reader, agree, compiled, policy_of, rule, scramble, spr
 from loopback.bpf import layout
 from loopback.modules.firewall import classifier, tables, tuples
 from loopback.modules.firewall.compile import Memory
-from loopback.modules.firewall.model import Direction, FirewallPolicy, Packet, PortRange, Prefix
+from loopback.modules.firewall.model import Action, Direction, FirewallPolicy, Packet, PortRange, Prefix
 
 Family = Literal[4, 6]
 EXACT, RANGE, ANY = 7 << 16 | 7, 1024 << 16 | 65535, 65535
@@ -280,14 +280,16 @@ def test_packets_that_no_better_rule_matches_walk_no_long_chain_of_short_prefixe
     assert max(scanned) <= 4, "the only entry of its class, and what meets it at its head"
 
 
-def test_what_was_told_apart_serves_the_next_policy_with_the_same_short_prefixes() -> None:
+def test_what_was_told_apart_serves_the_next_policy_and_nothing_else_of_the_last_does() -> None:
     short = [rule(f"s{n}", sources=(Prefix(4, n << 26, 6),)) for n in range(40)]
     memory = Memory()
-    compiled(policy_of(*short, rule("last", sources=(Prefix(4, 10 << 24 | 0, 32),))), memory)
-    before = memory.tables.apart[0, 4]
-    changed = policy_of(*short, rule("last", sources=(Prefix(4, 10 << 24 | 1, 32),)))
-    reader = Reader(compiled(changed, memory))
-    assert memory.tables.apart[0, 4].entries == before.entries and before.found
-    assert memory.tables.apart[0, 4].found.table is before.found.table  # type: ignore[union-attr]
-    for packet in uniform(100):
-        agree(changed, reader, packet)
+    found = []
+    for action in (Action.ACCEPT, Action.DROP, Action.ACCEPT):
+        policy = policy_of(rule("one", sources=(Prefix(4, 10 << 24, 32),), action=action), *short)
+        reader = Reader(compiled(policy, memory))
+        found.append(memory.tables.apart[0, 4].found)
+        met = Packet(direction=Direction.INGRESS, src="10.0.0.0", dst="10.9.9.9", protocol=6)
+        assert agree(policy, reader, met).action is action
+        for packet in uniform(100):
+            agree(policy, reader, packet)
+    assert found[0] is not None and found[1] is found[0] and found[2] is found[0]
