@@ -1,6 +1,6 @@
 """Devices above and beside the wire: loopback, VLANs, macvlan, tunnels. The policy holds on each; asked twice, it cuts nothing.
 
-VLAN devices and WireGuard are tried where the kernel has them: Debian's has, under `make test-kernels`.
+VLAN devices and WireGuard are tried where the kernel has them; Debian's has.
 """
 
 from __future__ import annotations
