@@ -406,7 +406,12 @@ async def test_being_held_costs_little(tmp_path: Path) -> None:
     print(
         f"first start {first * 1000:.0f} ms; later best {later[0] * 1000:.1f}, median {later[7] * 1000:.1f} ms"
     )
-    assert later[0] < 0.03, took
+    anew = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import loopback.host.sealed"], check=True)  # noqa: ASYNC221  it is short
+        anew.append(time.perf_counter() - began)
+    assert later[0] < min(anew) / 2, "far from what a verifier that is not at hand would cost alone"
 
 
 @pytest.mark.broker
