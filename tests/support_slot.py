@@ -228,7 +228,7 @@ class Reader:
 
 
 def set_says(whole: bytes, head: layout.Set, address: int, *, wide: bool) -> bool:
-    """`in_set4` and `in_set6` of classify.h."""
+    """`in_set4` and `in_set6` of sets.h."""
     if wide:
         upper = address >> 64
         index = 0 if upper < head.base else min((upper - head.base >> head.shift) + 1, head.limit)
@@ -261,7 +261,7 @@ def set_says(whole: bytes, head: layout.Set, address: int, *, wide: bool) -> boo
 
 
 def table_says(whole: bytes, table: layout.Table, number: int, *, wide: bool) -> int:
-    """`tuples4` and `tuples6` of classify.h."""
+    """`tuples4` and `tuples6` of fields.h."""
     if wide:
         upper = number >> 64
         index = 0 if upper < table.base else (upper - table.base >> table.shift) + 1

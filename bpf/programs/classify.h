@@ -6,15 +6,10 @@
 #ifndef LOOPBACK_CLASSIFY_H
 #define LOOPBACK_CLASSIFY_H
 
-#include "maps.h"
-#include "parse.h"
+#include "fields.h"
+#include "sets.h"
+#include "slot.h"
 
-/* What is asked of a slot, in one argument: the slot's index, the direction, the state, and whether no bucket may pay. */
-#define ASK(index, direction, state, dry) ((index) & 1) | ((direction) & 1) << 1 | (dry) << 2 | (state) << 8
-#define ASK_INDEX(ask) ((ask) & 1)
-#define ASK_DIRECTION(ask) ((ask) >> 1 & 1)
-#define ASK_DRY(ask) ((ask) >> 2 & 1)
-#define ASK_STATE(ask) ((ask) >> 8 & 15)
 #define MAX_STEPS (1 << 22) /* of one search; none comes near, as every entry and tuple is met once */
 #define SCAN 4 /* entries per step; the verifier walks each, and few chains are longer */
 #define LOOK_UP_INTERFACE (1ull << 63) /* a pattern bit that no policy uses */
@@ -45,42 +40,6 @@ struct search {
 	__u32 classes; /* of the source, and << 8 of the destination */
 	__u8 accepts;
 };
-
-static __always_inline struct fw_config *settings(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&config, &zero);
-}
-
-static __always_inline struct fw_totals *totals_here(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&totals, &zero);
-}
-
-static __always_inline __u8 *arena_of(__u32 index)
-{
-	__u32 zero = 0;
-	__u8 *whole = bpf_map_lookup_elem(&arena, &zero);
-
-	return whole ? whole + (sizes.half & -(__u64)(index & 1)) : NULL; /* Linux 6.1 knows no bounds of a product */
-}
-
-static __always_inline struct fw_slot *slot_of(__u32 index)
-{
-	return (struct fw_slot *)arena_of(index);
-}
-
-/* The mask of offsets into a half. A constant to the verifier, so each function reads it for itself instead of being told. */
-#define HALF_MASK (sizes.half - 1)
-
-/* The place of an offset, for structures of up to FW_SLACK bytes. */
-static __always_inline void *at(__u8 *half, __u64 offset, __u64 mask)
-{
-	return half + (offset & mask);
-}
 
 /* The generic cell rate algorithm: one word per bucket says when it would be full again, so a compare-and-swap keeps it
  * exact over CPUs without a lock. A bucket that cannot be made (the table is full of younger ones) counts as full. */
@@ -115,86 +74,6 @@ static __always_inline bool within_limit(struct fw_rule *rule, __u32 identity, s
 			return true;
 	}
 	return false;
-}
-
-/* 1 when a < b, as numbers without sign and without a branch, which each step of a search would multiply. */
-static __always_inline __u64 less(__u64 a, __u64 b)
-{
-	return ((~a & b) | ((~a | b) & (a - b))) >> 63;
-}
-
-static __always_inline struct fw_set *set_of(__u8 *half, __u64 number, __u64 six)
-{
-	return at(half, ((struct fw_slot *)half)->sets + (number * 2 + six) * sizeof(struct fw_set), HALF_MASK);
-}
-
-/* Whether an address is in a set. Global functions, here and below: the verifier walks each once, with all that a caller could
- * pass. The search keeps what is not above the address before `place`. */
-__noinline int in_set4(__u32 index, __u32 number, __u32 address)
-{
-	__u8 *half = arena_of(index);
-	__u64 place, count;
-	struct fw_set *set;
-	__u32 *root;
-	int i;
-
-	if (!half)
-		return 0;
-	set = set_of(half, number, 0);
-	if (set->narrow) {
-		__u32 block = address >> (set->filter_shift & 31);
-		__u32 *word = at(half, set->filter + ((__u64)block >> 5 << 2), HALF_MASK);
-
-		if (!(*word >> (block & 31) & 1))
-			return 0;
-	}
-	root = at(half, set->root + ((__u64)address >> (set->shift & 63) << 2), HALF_MASK);
-	place = root[0];
-	count = root[1] - place;
-	/* what is left of the changes there is narrowed down by half, without a branch that could be predicted wrongly */
-#pragma clang loop unroll(disable)
-	for (i = 0; i < FW_SET_STEPS && count & 0xffffffff; i++) {
-		__u64 middle = (count + 1) >> 1, nth = place + middle - 1, after;
-
-		if (set->narrow)
-			after = less(address & 0xffff, *(__u16 *)at(half, set->changes + (nth << 1), HALF_MASK));
-		else
-			after = less(address, *(__u32 *)at(half, set->changes + (nth << 2), HALF_MASK));
-		place += middle & (after - 1);
-		count = middle - 1 + ((count + 1 - 2 * middle) & (after - 1));
-	}
-	return place & 1;
-}
-
-__noinline int in_set6(__u32 index, __u32 number, struct packet *packet, __u32 destination)
-{
-	__u8 *half = arena_of(index);
-	__u64 place, count, upper, lower, start;
-	struct fw_set *set;
-	__u32 *root;
-	int i;
-
-	if (!packet || !half)
-		return 0;
-	set = set_of(half, number, 1);
-	upper = destination ? packet->destination[0] : packet->source[0];
-	lower = destination ? packet->destination[1] : packet->source[1];
-	start = upper < set->base ? 0 : ((upper - set->base) >> (set->shift & 63)) + 1;
-	if (start > set->limit)
-		start = set->limit;
-	root = at(half, set->root + (start << 2), HALF_MASK);
-	place = root[0];
-	count = root[1] - place;
-#pragma clang loop unroll(disable)
-	for (i = 0; i < FW_SET_STEPS && count & 0xffffffff; i++) {
-		__u64 middle = (count + 1) >> 1;
-		__u64 *change = at(half, set->changes + ((place + middle - 1) << 4), HALF_MASK);
-		__u64 after = less(upper, change[0]) | (~less(change[0], upper) & less(lower, change[1]) & 1);
-
-		place += middle & (after - 1);
-		count = middle - 1 + ((count + 1 - 2 * middle) & (after - 1));
-	}
-	return place & 1;
 }
 
 /* Whether a rule's conditions hold. The bucket is asked last: only a packet that would match pays. */
@@ -259,31 +138,12 @@ static __always_inline __u64 scramble(__u64 a, __u64 b)
 	return a ^ a >> 32;
 }
 
-/* The lowest bit that is set: there is no instruction for it. A de Bruijn sequence puts each power of two at its own place. */
-static const __u8 bit_of[64] = {
-	0,  1,	2,  53, 3,  7,	54, 27, 4,  38, 41, 8,	34, 55, 48, 28, 62, 5,	39, 46, 44, 42,
-	22, 9,	24, 35, 59, 56, 49, 18, 29, 11, 63, 52, 6,  26, 37, 40, 33, 47, 61, 45, 43, 21,
-	23, 58, 17, 10, 51, 25, 36, 32, 60, 20, 57, 16, 50, 31, 19, 15, 30, 14, 13, 12,
-};
-
-static __always_inline __u32 lowest_bit(__u64 word)
-{
-	return bit_of[(word & -word) * 0x022fdd63cc95386dull >> 58];
-}
-
 /* The chain that a hash leads to, as its first entry + 1; 0 is none. */
 static __always_inline __u32 chain_of(__u8 *half, struct fw_classifier *classifier, __u64 hash, __u64 mask)
 {
 	__u32 head = *(__u32 *)at(half, classifier->heads + ((hash & classifier->heads_mask) << 2), mask);
 
 	return !(head >> 24) || head >> 24 == (hash >> 56 | 1) ? head & FW_ENTRY_MASK : 0;
-}
-
-/* 1 when no bit is set, without a branch. */
-static __always_inline __u64 nothing(__u64 bits)
-{
-	asm volatile("" : "+r"(bits)); /* or the compiler makes a branch of it */
-	return (bits | -bits) >> 63 ^ 1;
 }
 
 /* Whether a search has nowhere to go on to. */
@@ -445,111 +305,6 @@ static long step6(__u32 i, struct search *search)
 	}
 	/* a call less: each costs 10 ns where returns are not predicted (AMD's "Safe RET") */
 	return is_over(search);
-}
-
-/* The tuples of a class. */
-static __always_inline __u64 tuples_of(__u8 *half, struct fw_table *table, __u32 class, __u64 mask)
-{
-	return *(__u64 *)at(half, table->classes + (__u64)class * 8, mask);
-}
-
-/* The tuples that may hold an entry for an IPv4 address or a port. */
-static __always_inline __u64 tuples4(__u8 *half, struct fw_table *table, __u64 number, __u64 mask)
-{
-	__u32 root = *(__u32 *)at(half, table->root + ((number >> (table->shift & 63)) << 2), mask);
-	__u64 block, place = 0, step, whole;
-	int i;
-
-	if (root & FW_DIRECT)
-		return tuples_of(half, table, root & 0xffff, mask);
-	block = table->blocks + ((__u64)(root & 0x3ffffff) << 2);
-	step = whole = 1ull << (root >> 26);
-#pragma clang loop unroll(disable)
-	for (i = 0; i < FW_STEPS; i++) {
-		step >>= 1;
-		if (!step)
-			break;
-		/* a negative difference: it starts at the number or before */
-		place += step & -((*(__u32 *)at(half, block + ((place + step - 1) << 2), mask) - number - 1) >> 63);
-	}
-	return tuples_of(half, table, *(__u16 *)at(half, block + (whole << 2) + (place << 1), mask), mask);
-}
-
-/* The same for an IPv6 address. A function of its own: two of them in one need more stack than is left. */
-static __noinline __u64 tuples6(__u8 *half, struct fw_table *table, const __u64 *number)
-{
-	__u64 mask = HALF_MASK;
-	__u64 index = number[0] < table->base ? 0 : ((number[0] - table->base) >> (table->shift & 63)) + 1;
-	__u64 block, place = 0, step, whole;
-	__u32 root;
-	int i;
-
-	if (index > table->limit)
-		index = table->limit;
-	root = *(__u32 *)at(half, table->root + (index << 2), mask);
-	if (root & FW_DIRECT)
-		return tuples_of(half, table, root & 0xffff, mask);
-	block = table->blocks + ((__u64)(root & 0x3ffffff) << 2);
-	step = whole = 1ull << (root >> 26);
-#pragma clang loop unroll(disable)
-	for (i = 0; i < FW_STEPS; i++) {
-		__u64 *start, after;
-
-		step >>= 1;
-		if (!step)
-			break;
-		start = at(half, block + ((place + step - 1) << 4), mask);
-		after = less(number[0], start[0]) | (~less(start[0], number[0]) & less(number[1], start[1]));
-		place += step & ((after & 1) - 1);
-	}
-	return tuples_of(half, table, *(__u16 *)at(half, block + (whole << 4) + (place << 1), mask), mask);
-}
-
-/* What rules ask about the transport header; ICMP's type and code stand where the destination port does. */
-static __always_inline __u64 transport_of(struct packet *packet)
-{
-	__u32 ports = (__u32)packet->source_port << 16 | packet->destination_port;
-
-	if (packet->flags & HAS_ICMP)
-		ports = (__u32)packet->icmp_type << 8 | packet->icmp_code;
-	return (__u64)packet->protocol << 32 | ports;
-}
-
-/* The tuples that can hold an entry for a packet. */
-__noinline __u64 candidates4(struct packet *packet, __u64 transport, __u32 ask)
-{
-	__u8 *half = arena_of(ASK_INDEX(ask));
-	struct fw_classifier *classifier;
-	__u64 tuples, mask = HALF_MASK;
-
-	if (!packet || !half)
-		return 0;
-	classifier = &((struct fw_slot *)half)->classifiers[ASK_DIRECTION(ask)][0];
-	tuples = *(__u64 *)at(half, classifier->protocols + ((transport >> 32 & 0xff) << 3), mask);
-	tuples &= tuples4(half, &classifier->fields[FW_SOURCE], (__u32)packet->source[1], mask);
-	tuples &= tuples4(half, &classifier->fields[FW_DESTINATION], (__u32)packet->destination[1], mask);
-	if (tuples & (tuples - 1)) { /* one tuple is asked in less time than the tables of ports are */
-		tuples &= tuples4(half, &classifier->fields[FW_PORT], transport & 0xffff, mask);
-		tuples &= tuples4(half, &classifier->fields[FW_SOURCE_PORT], transport >> 16 & 0xffff, mask);
-	}
-	return tuples;
-}
-
-__noinline __u64 candidates6(struct packet *packet, __u64 transport, __u32 ask)
-{
-	__u8 *half = arena_of(ASK_INDEX(ask));
-	struct fw_classifier *classifier;
-	__u64 tuples, mask = HALF_MASK;
-
-	if (!packet || !half)
-		return 0;
-	classifier = &((struct fw_slot *)half)->classifiers[ASK_DIRECTION(ask)][1];
-	tuples = *(__u64 *)at(half, classifier->protocols + ((transport >> 32 & 0xff) << 3), mask);
-	tuples &= tuples4(half, &classifier->fields[FW_PORT], transport & 0xffff, mask);
-	tuples &= tuples4(half, &classifier->fields[FW_SOURCE_PORT], transport >> 16 & 0xffff, mask);
-	tuples &= tuples6(half, &classifier->fields[FW_SOURCE], packet->source);
-	tuples &= tuples6(half, &classifier->fields[FW_DESTINATION], packet->destination);
-	return tuples;
 }
 
 /* `ask` is built by ASK; `patterns` are the interface's pattern bits, or LOOK_UP_INTERFACE. Returns 0. */
