@@ -9,7 +9,7 @@ import pytest
 import support_stack
 from support_datapath import program
 
-from loopback.bpf import build
+from loopback.bpf import build, layout
 from loopback.modules.firewall.pins import PROGRAMS, Pins
 
 pytestmark = pytest.mark.kernel
@@ -42,3 +42,10 @@ def test_older_kernels_have_the_stack_for_every_way_of_calls(name: str) -> None:
     found = support_stack.of_program(program(), name)
     assert found.bytes <= support_stack.LIMIT
     assert found.calls <= support_stack.DEEPEST
+
+
+def test_the_programs_are_verified_for_the_largest_slots_too() -> None:
+    """Offsets into slots of 64 MiB leave the verifier no room for anything that is added after they were masked."""
+    opened = Pins(None, program(), layout.MAX_HALF).open(64)
+    assert set(opened.programs) >= set(PROGRAMS)
+    opened.close()
