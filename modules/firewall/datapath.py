@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -465,9 +466,9 @@ class Datapath(Holding):
             lambda asked: self.explain(asked, slot=staged),
         )
 
-    def counters(self) -> dict[str, tuple[int, int]]:
-        """(packets, bytes) of every rule that was ever counted, by name. They survive changes of policy, size and version."""
-        return counting.of_rules(self._counted(), self._store.identities)
+    def counters(self, most: int | None = None) -> dict[str, tuple[int, int]]:
+        """(packets, bytes) by rule, of `most` ever counted or of all. They survive changes of policy, size and version."""
+        return counting.of_rules(self._counted(), dict(islice(self._store.identities.items(), most)))
 
     def totals(self) -> dict[str, int]:
         """Packets by `direction.reason.verdict`, by `slot.<n>.<verdict>`, and the plain counters."""

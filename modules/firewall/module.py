@@ -33,6 +33,9 @@ from loopback.modules.sdk import Module, package_dir
 DEFAULT_BPF_ROOT: Final = "/sys/fs/bpf/loopback"
 OBJECT: Final = Path("bpf") / "firewall.bpf.o"
 MAX_SHADOW_S: Final = 20.0  # the agent waits 30 s for a stage, and a hundred thousand rules need some of them
+METRIC_RULES: Final = (
+    100  # an agent keeps 256 figures of a module, and reading those of every rule could take it seconds
+)
 SHOWN: Final = 5  # sessions that a policy ends, in its answer
 SETTLE_S: Final = 0.05  # after covering: a new device comes with a burst of messages
 
@@ -307,7 +310,10 @@ class FirewallModule(Module):
         return abi.HealthReport(state="ok", enforcing=True, policy=digest, detail=detail)
 
     async def metrics(self) -> dict[str, float]:
-        """Counters since the maps were made; per rule they survive policies and versions."""
+        """Counters since the maps were made; per rule they survive policies and versions.
+
+        Of METRIC_RULES rules only; `loopback firewall stats` reads all.
+        """
         if await self._opened() is None:
             return {}
         return await self._do(self._metrics)
@@ -338,7 +344,7 @@ class FirewallModule(Module):
             found["loopback_firewall_shadow_judged_packets"] = report.judged
             found["loopback_firewall_shadow_changed_packets"] = report.changed
             found["loopback_firewall_shadow_unsure_packets"] = report.unsure
-        for rule, (packets, size) in datapath.counters().items():
+        for rule, (packets, size) in datapath.counters(METRIC_RULES).items():
             found[f'loopback_firewall_rule_packets_total{{rule="{rule}"}}'] = packets
             found[f'loopback_firewall_rule_bytes_total{{rule="{rule}"}}'] = size
         return found

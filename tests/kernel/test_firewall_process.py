@@ -220,6 +220,25 @@ def test_drops_become_events_and_metrics(world: World, packages: dict[str, Path]
         assert metrics["loopback_firewall_dropped_packets_total"] >= 1
 
 
+def test_of_many_rules_metrics_name_a_hundred_as_an_agent_keeps_no_more(
+    world: World, packages: dict[str, Path]
+) -> None:
+    many = {
+        "version": 1,
+        "default": {"ingress": "drop", "egress": "accept"},
+        "rules": [
+            {"name": f"r{n}", "from": f"10.0.0.{n}", "action": "accept" if n % 2 else "drop"}
+            for n in range(200)
+        ],
+    }
+    with running(world, packages["1.0.0"]) as module:
+        module.enforce(policies.to_json(many))
+        named = [
+            m for m in module.done(abi.Metrics()).metrics if m.startswith("loopback_firewall_rule_packets")
+        ]
+        assert len(named) == firewall.METRIC_RULES
+
+
 def test_a_device_that_appears_is_covered_at_once(world: World, packages: dict[str, Path]) -> None:
     with running(world, packages["1.0.0"]) as module:
         module.enforce(DROP)
