@@ -141,7 +141,11 @@ def opened(data: bytes) -> Iterator[ct.c_void_p]:
     if not handle:
         words = lines.words()
         lines.clear()
-        raise Refused(Code.PACKAGE_MALFORMED, f"this is no eBPF object: {words or 'libbpf cannot read it'}")
+        raise Refused(
+            Code.PACKAGE_MALFORMED,
+            f"this is no eBPF object: {words or 'libbpf cannot read it'}",
+            "give the object file of a package, bpf/NAME.bpf.o, or build the package again",
+        )
     whole = ct.c_void_p(handle)
     try:
         yield whole

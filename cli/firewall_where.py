@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Final, NamedTuple
 
@@ -59,7 +60,8 @@ def find(path: Path | None, pins: Path | None, data: Path | None) -> Place:
             raise Refused(
                 Code.HOST_LOST,
                 f"{what} pinned under {PINS} for you to see",
-                "ask as root, and name the host's file with --config or the firewall's folder with --pins",
+                ("" if os.geteuid() == 0 else "ask as root, and ")
+                + "name the host's file with --config or the firewall's folder with --pins",
             )
         pins = found[0]
     return Place(pins, data)

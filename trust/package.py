@@ -33,7 +33,7 @@ from loopback.trust import attest
 from loopback.trust import manifest as manifests
 from loopback.trust.manifest import Manifest
 
-MAX_PACKAGE: Final = 64 * 1024 * 1024  # bytes; the firewall has under 1 MiB
+MAX_PACKAGE: Final = 64 * 1024 * 1024  # bytes; the firewall has under 3 MiB
 MAX_MEMBERS: Final = 2000
 MAX_FILE: Final = 32 * 1024 * 1024  # bytes of one member
 MAX_DIGESTS: Final = 512 * 1024  # bytes; 2000 members of 200 bytes
@@ -426,7 +426,9 @@ def _open(package: Path) -> Iterator[io.BufferedReader]:
     try:
         descriptor = os.open(package, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise Refused(Code.PACKAGE_UNKNOWN, f"there is no package {package}") from None
+        raise Refused(
+            Code.PACKAGE_UNKNOWN, f"there is no package {package}", "make one with 'loopback module build'"
+        ) from None
     try:  # before it becomes a file object, which complains of a folder by its number alone
         plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
     except OSError:

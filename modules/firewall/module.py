@@ -25,11 +25,14 @@ from loopback.modules.firewall.attach import Attachment
 from loopback.modules.firewall.datapath import Datapath
 from loopback.modules.firewall.filling import filled
 from loopback.modules.firewall.pins import nothing_pinned
-from loopback.modules.firewall.policy_fields import Wrong, prefix
+from loopback.modules.firewall.policy_fields import Wrong, near, prefix
 from loopback.modules.firewall.prefixes import Prefix
 from loopback.modules.firewall.watching import DEFAULT_SHADOW, Watch, summary
 from loopback.modules.sdk import Module, package_dir
 
+SETTINGS: Final = frozenset(
+    ("bpf_root", "flows", "interfaces", "management_from", "management_ports", "shadow", "shadow_s")
+)
 DEFAULT_BPF_ROOT: Final = "/sys/fs/bpf/loopback"
 OBJECT: Final = Path("bpf") / "firewall.bpf.o"
 MAX_SHADOW_S: Final = 20.0  # the agent waits 30 s for a stage, and a hundred thousand rules need some of them
@@ -79,7 +82,11 @@ class FirewallModule(Module):
         )
         interfaces = request.settings.get("interfaces", ["*"])
         wanted = interfaces if isinstance(interfaces, list) else [str(interfaces)]
-        flows = request.settings.get("flows")
+        flows = _flows_of(request.settings)
+        for name in sorted(request.settings.keys() - SETTINGS):
+            # not refused: a version that is returned to must start with what its successor was given
+            hint = near(name, SETTINGS) or "see docs/operate.md"
+            log.warning("[modules.firewall] %s: there is no such setting; %s", name, hint)
         self._shadow = _shadow_of(request.settings)
         ports = request.settings.get("management_ports")
         if ports is not None:
@@ -100,7 +107,7 @@ class FirewallModule(Module):
                     root=root,
                     state_dir=Path(request.state_dir),
                     interfaces=wanted,
-                    flows=int(flows) if isinstance(flows, int) else None,
+                    flows=flows,
                     memory=self._memory,
                 ),
                 Path(request.state_dir),
@@ -371,6 +378,18 @@ class FirewallModule(Module):
                     await asyncio.to_thread(datapath.remove)
             finally:
                 datapath.close()
+
+
+def _flows_of(settings: Mapping[str, object]) -> int | None:
+    """How many connections to remember. Raises Refused(CONFIG_INVALID)."""
+    flows = settings.get("flows")
+    if flows is None or (type(flows) is int and 0 < flows <= layout.MAX_FLOWS):
+        return flows
+    raise Refused(
+        Code.CONFIG_INVALID,
+        f"flows = {flows!r}: a whole number from 1 to {layout.MAX_FLOWS}",
+        "correct the firewall's settings in host.toml",
+    )
 
 
 def _shadow_of(settings: Mapping[str, object]) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""What the documentation claims is held by tests that exist: every `tests/…::name` in it leads somewhere."""
+"""What the documentation names is there: tests that hold its claims, pages, and the files of the firewall's module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCS = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
+FIREWALL = ROOT / "modules" / "firewall"
+DOCS = sorted(
+    [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), FIREWALL / "README.md", ROOT / "bench" / "README.md"]
+)
 REFERENCE = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -35,6 +38,12 @@ def test_every_test_that_a_page_names_is_there(page: Path) -> None:
 def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_every_file_of_the_firewall_has_its_place_in_its_readme() -> None:
+    named = set(re.findall(r"`(\w+\.py)`", (FIREWALL / "README.md").read_text()))
+    files = {path.name for path in FIREWALL.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert files <= named, f"not in the README: {files - named}"
 
 
 def test_each_claim_of_the_threat_model_names_the_test_that_holds_it() -> None:
