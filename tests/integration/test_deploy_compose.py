@@ -6,13 +6,12 @@ import io
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import docker
 import pytest
 import yaml
-from support_containers import Engine, NoEngine, engine, no_containers
+from support_containers import Engine
 
 from loopback.services._runtime.broker import server_program
 
@@ -20,15 +19,6 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 BASE = "python:3.11-slim"  # stood in for by what the stage in question uses of it, since there is no registry
 
 pytestmark = [pytest.mark.e2e, pytest.mark.broker]
-
-
-@pytest.fixture
-def containers(tmp_path: Path) -> Iterator[Engine]:
-    try:
-        with engine(tmp_path) as found:
-            yield found
-    except NoEngine as none:
-        no_containers(none)
 
 
 def programs(*names: str) -> bytes:
@@ -45,10 +35,10 @@ def programs(*names: str) -> bytes:
     return archive.getvalue()
 
 
-async def test_the_broker_of_the_compose_file_may_write_to_its_new_volume(containers: Engine) -> None:
+async def test_the_broker_of_the_compose_file_may_write_to_its_new_volume(container_engine: Engine) -> None:
     broker = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["broker"]
-    api = docker.APIClient(base_url=containers.url)
-    client = docker.DockerClient(base_url=containers.url)
+    api = docker.APIClient(base_url=container_engine.url)
+    client = docker.DockerClient(base_url=container_engine.url)
     try:
         api.import_image_from_data(programs("sh", "install", server_program()), *BASE.split(":"))
         built, _ = client.images.build(
