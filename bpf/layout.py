@@ -7,7 +7,6 @@ order, IPv4 in its v4-mapped form.
 from __future__ import annotations
 
 import ctypes as ct
-import hashlib
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -433,44 +432,6 @@ def check_against_btf(built: Path) -> list[str]:
 
 def _place(field: btf.Field | None) -> str:
     return f"{field.name} at {field.offset}, {field.size} bytes," if field else "nothing"
-
-
-_TABLE: Final = (FlowKey, FlowSide, Flow, FlowTags, FlowSeed)
-_SLOTS: Final = (Match, Entry4, Entry6, Rule, Tuple4, Tuple6, Table, Classifier, Set, Slot)
-#: The structures of each map. Two versions share a map when these, and its number in CHANGED, are the same in both.
-HELD: Final[dict[str, tuple[type[ct.Structure], ...]]] = {
-    "arena": _SLOTS,
-    "interfaces": _SLOTS,
-    "fence": (),
-    "config": (Config,),
-    "flows": _TABLE,
-    "flow_tags": _TABLE,
-    "flow_seed": _TABLE,
-    "fragments": (FragmentKey, Fragment),
-    "buckets": (BucketKey,),
-    "counters": (Counter,),
-    "totals": (Totals,),
-    "events": (Event,),
-    "active": (),
-}
-#: The LAYOUT with which the meaning of a map's content changed last. Whoever counts LAYOUT up says here for which maps.
-CHANGED: Final = dict.fromkeys(HELD, 1) | {
-    "arena": 5, "interfaces": 2, "events": 4, "flows": 3, "flow_tags": 3, "flow_seed": 3,
-}  # fmt: skip
-
-
-def fingerprint(name: str) -> str:
-    """What two versions must have in common to share the map `name`: 12 hex digits over every field's place.
-
-    Epochs are everywhere, so a map is shared only by versions that agree on the active word as well.
-    """
-    text = [f"{name} {CHANGED[name]} {CHANGED['active']}"]
-    for struct in HELD[name]:
-        text.append(f"{struct.__name__} {ct.sizeof(struct)}")
-        for field in struct._fields_:
-            place = getattr(struct, field[0])
-            text.append(f" {field[0]} {place.offset} {place.size}")
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:12]
 
 
 def size_of_slot() -> int:

@@ -152,6 +152,21 @@ static __always_inline long is_over(struct search *search)
 	return nothing(search->candidates | search->entry);
 }
 
+/* A step's end at an entry, the last that it looked at: take what matches, else go on behind it. `other` is 0 for a match. */
+static __always_inline long met(struct search *search, struct fw_match *match, __u32 entry, __u64 other, bool four)
+{
+	search->entry = (entry + 1) & FW_ENTRY_MASK & ((match->flags & FW_LAST) - 1);
+	if (!other && match->order < search->best &&
+	    (!(match->flags & FW_MORE) || more_holds(search, match, four))) {
+		search->best = match->order;
+		search->identity = match->identity;
+		search->accepts = match->flags;
+		search->entry = 0;
+	}
+	/* a call less: each costs 10 ns where returns are not predicted (AMD's "Safe RET") */
+	return is_over(search);
+}
+
 /*
  * One step of a search: enter the next tuple's chain, unless one is under way, and go along it for up to SCAN entries. The loop
  * in here is what the verifier walks entry by entry; bpf_loop around it may go on for as long as there is something left.
@@ -213,16 +228,7 @@ static long step4(__u32 i, struct search *search)
 	entry = (entry + j) & FW_ENTRY_MASK;
 	one = at(half, classifier->entries + (entry - 1) * sizeof(*one), mask);
 	match = &one->match;
-	search->entry = (entry + 1) & FW_ENTRY_MASK & ((match->flags & FW_LAST) - 1);
-	if (!other && match->order < search->best &&
-	    (!(match->flags & FW_MORE) || more_holds(search, match, true))) {
-		search->best = match->order;
-		search->identity = match->identity;
-		search->accepts = match->flags;
-		search->entry = 0;
-	}
-	/* a call less: each costs 10 ns where returns are not predicted (AMD's "Safe RET") */
-	return is_over(search);
+	return met(search, match, entry, other, true);
 }
 
 /* The bits of two addresses that differ within the first `length`. A shift by 64 is none: two halves of it make it one. */
@@ -295,16 +301,7 @@ static long step6(__u32 i, struct search *search)
 	entry = (entry + j) & FW_ENTRY_MASK;
 	one = at(search->half, search->classifier->entries + (entry - 1) * sizeof(*one), HALF_MASK);
 	match = &one->match;
-	search->entry = (entry + 1) & FW_ENTRY_MASK & ((match->flags & FW_LAST) - 1);
-	if (!other && match->order < search->best &&
-	    (!(match->flags & FW_MORE) || more_holds(search, match, false))) {
-		search->best = match->order;
-		search->identity = match->identity;
-		search->accepts = match->flags;
-		search->entry = 0;
-	}
-	/* a call less: each costs 10 ns where returns are not predicted (AMD's "Safe RET") */
-	return is_over(search);
+	return met(search, match, entry, other, false);
 }
 
 /* The class of an address by its first byte. Masked as a whole: beyond the largest half the verifier lets nothing be added. */

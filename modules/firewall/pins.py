@@ -26,13 +26,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from loopback.bpf import kernel, layout, loader
+from loopback.bpf import kernel, layout, loader, sharing
 from loopback.bpf.hooks import XdpLink
 from loopback.bpf.loader import Loaded
 from loopback.bpf.objects import Map, Program
 from loopback.contracts.codes import Code, Refused
 
-MAPS: Final = tuple(layout.HELD)
+MAPS: Final = tuple(sharing.HELD)
 SLOT_MAPS: Final = ("arena", "interfaces")  # one policy lies in both
 #: The last one is pinned last: its pin says that the set is whole.
 PROGRAMS: Final = (
@@ -75,7 +75,7 @@ class Pins:
         """`half` is the room of a slot in bytes, a power of two; `counters` that of rule identities. Both of a new set."""
         self.root = root
         self.half, self.counters = half, counters
-        prints = "".join(layout.fingerprint(name) for name in MAPS)
+        prints = "".join(sharing.fingerprint(name) for name in MAPS)
         self.version = hashlib.sha256(data + prints.encode()).hexdigest()[:16]
         self._data = data
 
@@ -355,12 +355,12 @@ def nothing_pinned(root: Path) -> bool:
 
 def map_pin(name: str) -> str:
     """The name of a map in the folder of its set."""
-    return f"{name}-{layout.fingerprint(name)}"
+    return f"{name}-{sharing.fingerprint(name)}"
 
 
 def past_pin(number: int) -> str:
     """The name of the counters of an earlier, smaller set."""
-    return f"past{number}-{layout.fingerprint('counters')}"
+    return f"past{number}-{sharing.fingerprint('counters')}"
 
 
 def _is_program(path: Path) -> bool:

@@ -24,7 +24,7 @@ from support_datapath import (
     to_peer,
 )
 
-from loopback.bpf import hooks, layout
+from loopback.bpf import hooks, layout, sharing
 from loopback.bpf.hooks import XdpLink
 from loopback.bpf.objects import Map, Program
 from loopback.contracts.codes import Code, Refused
@@ -265,7 +265,7 @@ def test_a_release_with_one_other_structure_keeps_every_other_map(
     ids = {name: one.id for name, one in first._maps.items()}
     epoch = first.generation
     first.close()
-    monkeypatch.setitem(layout.CHANGED, changed, 99)
+    monkeypatch.setitem(sharing.CHANGED, changed, 99)
     second = world.open()
     assert not second.adopted
     fresh = {name for name, one in second._maps.items() if one.id != ids[name]}
@@ -296,7 +296,7 @@ def test_a_release_on_trial_falls_back_to_the_policy_before_with_its_own_program
     first = world.enforce(FEW)
     epoch, digest = first.generation, first.digest
     first.close()
-    monkeypatch.setitem(layout.CHANGED, "arena", 99)
+    monkeypatch.setitem(sharing.CHANGED, "arena", 99)
     second = world.open()
     world.enforce("version: 1\ndefault: {ingress: accept, egress: accept}\n", second, trial_s=0.3)
     second.close()
@@ -313,7 +313,7 @@ def test_a_release_that_has_grown_is_taken_over_in_its_size(
     datapath = world.enforce(many(400), world.open(half=SMALL))
     ids = {name: one.id for name, one in datapath._maps.items()}
     datapath.close()
-    monkeypatch.setitem(layout.CHANGED, "events", 99)
+    monkeypatch.setitem(sharing.CHANGED, "events", 99)
     second = world.open()
     assert second._pins.half == layout.MIN_HALF
     assert {name for name, one in second._maps.items() if one.id != ids[name]} == {CORE, "events"}
@@ -326,7 +326,7 @@ def test_where_the_policy_in_force_is_not_known_a_release_with_other_slots_is_re
     world.enforce(FEW).close()
     for path in world.state.iterdir():
         path.unlink()
-    monkeypatch.setitem(layout.CHANGED, "arena", 99)
+    monkeypatch.setitem(sharing.CHANGED, "arena", 99)
     second = world.open()
     with pytest.raises(Refused, match="nothing to fall back to") as refused, inside(world.host):
         second.stage(policy_of(SHUT), "ab" * 32)

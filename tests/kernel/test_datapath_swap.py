@@ -27,7 +27,7 @@ from support_datapath import (
     to_host,
 )
 
-from loopback.bpf import hooks, layout, rtnl
+from loopback.bpf import hooks, layout, rtnl, sharing
 from loopback.bpf.flood import Flood
 from loopback.bpf.hooks import XdpLink
 from loopback.bpf.objects import Program
@@ -307,7 +307,7 @@ def test_a_release_with_other_shared_structures_starts_from_the_policy_that_hold
     first = world.enforce(SHUT)
     digest = first.digest
     first.close()
-    monkeypatch.setitem(layout.CHANGED, "active", 99)
+    monkeypatch.setitem(sharing.CHANGED, "active", 99)
     second = world.open()
     assert not second.adopted
     world.enforce(OPEN, second, trial_s=0.5)
@@ -322,7 +322,7 @@ def test_a_release_with_other_shared_structures_is_undone_by_revert(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = world.enforce(SHUT)
-    monkeypatch.setitem(layout.CHANGED, "active", 99)
+    monkeypatch.setitem(sharing.CHANGED, "active", 99)
     second = world.open()
     world.enforce(OPEN, second, trial_s=60)
     with inside(world.host):

@@ -14,7 +14,7 @@ import pytest
 from support_datapath import HOST4, PEER4, UDP, World, inside, to_host
 from support_firewall import Process, running, until
 
-from loopback.bpf import hooks, kernel, layout, rtnl
+from loopback.bpf import hooks, kernel, layout, rtnl, sharing
 from loopback.bpf.objects import Map
 from loopback.contracts import abi
 from loopback.contracts.codes import Code
@@ -332,7 +332,7 @@ DENIED = bytes(to_host(UDP(sport=4000, dport=7777)) / (b"x" * 18))
 
 def counted(world: World) -> dict[str, int]:
     """What the programs counted, whoever is alive."""
-    pinned = Map.pinned(next(world.root.glob("set-*")) / f"totals-{layout.fingerprint('totals')}")
+    pinned = Map.pinned(next(world.root.glob("set-*")) / f"totals-{sharing.fingerprint('totals')}")
     try:
         return counting.totals(pinned)
     finally:

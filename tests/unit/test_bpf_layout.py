@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loopback.bpf import btf, build, layout
+from loopback.bpf import btf, build, layout, sharing
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall.pins import CORE
 
@@ -137,31 +137,31 @@ def test_without_clang_the_refusal_says_what_to_install(
 
 
 def test_a_maps_fingerprint_follows_its_own_structures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {name: layout.fingerprint(name) for name in layout.HELD}
+    before = {name: sharing.fingerprint(name) for name in sharing.HELD}
     assert all(re.fullmatch("[0-9a-f]{12}", print_) for print_ in before.values())
     assert len(set(before.values())) == len(before)
 
     class Longer(ct.Structure):
         _fields_ = (*layout.Counter._fields_, ("more", ct.c_uint64))
 
-    monkeypatch.setitem(layout.HELD, "counters", (Longer,))
-    monkeypatch.setitem(layout.CHANGED, "flows", 99)
-    assert {n for n in layout.HELD if layout.fingerprint(n) != before[n]} == {"counters", "flows"}
+    monkeypatch.setitem(sharing.HELD, "counters", (Longer,))
+    monkeypatch.setitem(sharing.CHANGED, "flows", 99)
+    assert {n for n in sharing.HELD if sharing.fingerprint(n) != before[n]} == {"counters", "flows"}
 
 
 def test_what_depends_on_epochs_is_not_shared_with_another_kind_of_epoch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = {name: layout.fingerprint(name) for name in layout.HELD}
-    monkeypatch.setitem(layout.CHANGED, "active", 99)
-    assert all(layout.fingerprint(name) != before[name] for name in layout.HELD)
+    before = {name: sharing.fingerprint(name) for name in sharing.HELD}
+    monkeypatch.setitem(sharing.CHANGED, "active", 99)
+    assert all(sharing.fingerprint(name) != before[name] for name in sharing.HELD)
 
 
 def test_every_map_of_the_object_says_what_it_holds() -> None:
     source = (PROGRAMS / "maps.h").read_text()
-    assert set(re.findall(r"^} (\w+) SEC\(\"\.maps\"\);", source, re.MULTILINE)) == {CORE, *layout.HELD}
-    assert set(layout.CHANGED) == set(layout.HELD)
-    assert max(layout.CHANGED.values()) == layout.LAYOUT
+    assert set(re.findall(r"^} (\w+) SEC\(\"\.maps\"\);", source, re.MULTILINE)) == {CORE, *sharing.HELD}
+    assert set(sharing.CHANGED) == set(sharing.HELD)
+    assert max(sharing.CHANGED.values()) == layout.LAYOUT
 
 
 @pytest.mark.parametrize(
