@@ -121,7 +121,7 @@ def _serve(pipe: Connection, other: Connection, namespace: str) -> None:
             answer = "done", function(*args, **named)
         except Refused as refusal:
             answer = "refused", (Code(refusal.code), refusal.reason, refusal.next_step)
-        except Exception:
+        except Exception:  # whatever it was, the process that waits for the answer raises it as Unfit
             answer = "failed", traceback.format_exc()
         pipe.send(answer)
 

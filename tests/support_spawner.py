@@ -206,3 +206,18 @@ def status(pid: int) -> dict[str, str]:
     return dict(
         line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
     )
+
+
+def sockets(pid: int) -> set[str]:
+    """The inodes of the sockets that a process has open."""
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a file it had open for a moment, say below /proc
+            links.append(str(entry.readlink()))
+    return {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+
+
+def internet(pid: int) -> set[str]:
+    """The inodes of every TCP and UDP socket of its network namespace, among other words."""
+    kinds = ("tcp", "tcp6", "udp", "udp6")
+    return set(" ".join(Path(f"/proc/{pid}/net/{kind}").read_text() for kind in kinds).split())

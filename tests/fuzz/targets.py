@@ -148,7 +148,7 @@ def _signed_again(data: bytes, key: SigningKey) -> bytes:
         return msgspec.json.encode(
             {**found, "signatures": [{"keyid": keyid, "sig": key.sign(payload).hex()}]}
         )
-    except Exception:
+    except Exception:  # a mutation that cannot be signed anew is tried as it is
         return data
 
 

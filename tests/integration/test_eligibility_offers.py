@@ -15,7 +15,7 @@ from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from support import Place
+from support import Place, eventually
 from support_fleet import OPERATOR, WORKSPACE, World, fields, world
 
 from loopback.contracts import envelope, journal, subjects
@@ -123,17 +123,17 @@ async def replica(place: World) -> AsyncIterator[Replica]:
 
 async def offer_of(bus: Bus, host: str, good: Callable[[Offer], bool], workspace: str = WORKSPACE) -> Offer:
     """The host's stored offer, once it is as wanted."""
-    seen = None
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                found = await bus.last(subjects.STREAM_FLEET, subjects.offer(workspace, host))
-                seen = msgspec.json.decode(found.data, type=Offer) if found else None
-                if seen is not None and good(seen):
-                    return seen
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise AssertionError(f"the offer of {host} stayed {seen}") from None
+
+    async def wanted() -> Offer | None:
+        found = await bus.last(subjects.STREAM_FLEET, subjects.offer(workspace, host))
+        seen = msgspec.json.decode(found.data, type=Offer) if found else None
+        assert seen is not None, f"{host} has no offer"
+        assert good(seen), seen
+        return seen
+
+    found = await eventually(wanted)
+    assert found is not None
+    return found
 
 
 def refusals(offer: Offer) -> dict[str, Code | None]:
@@ -258,12 +258,11 @@ def created(
 
 
 async def verdict_of(bus: Bus, workspace: str = WORKSPACE) -> tuple[Verdict, Stored]:
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            found = await bus.last(subjects.STREAM_FLEET, subjects.verdict(workspace, "r1", "eligibility"))
-            if found is not None:
-                return msgspec.json.decode(found.data, type=Verdict), found
-            await asyncio.sleep(0.02)
+    found = await eventually(
+        lambda: bus.last(subjects.STREAM_FLEET, subjects.verdict(workspace, "r1", "eligibility"))
+    )
+    assert found is not None
+    return msgspec.json.decode(found.data, type=Verdict), found
 
 
 async def test_a_rollout_gets_one_verdict_in_its_own_trace_that_names_each_refused_host(place, replica):

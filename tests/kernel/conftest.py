@@ -7,12 +7,14 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support_bpf import TINY
+from support_table import Table, racer_object
 
-from loopback.bpf import kernel, loader
+from loopback.bpf import kernel, layout, loader
 from loopback.bpf.build import compile_object
 from loopback.bpf.loader import Loaded
 
@@ -31,6 +33,25 @@ def tiny(tiny_object: Path) -> Iterator[Loaded]:
     there = loader.load(tiny_object.read_bytes())
     yield there
     there.close()
+
+
+@pytest.fixture(scope="session")
+def racer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return racer_object(tmp_path_factory.mktemp("flows"))
+
+
+@pytest.fixture
+def small(racer: bytes, request: pytest.FixtureRequest) -> Iterator[Table]:
+    """A connection table that a test fills in no time, behind the POLICY of the test's file."""
+    with closing(Table(racer, 1024, request.module.POLICY)) as table:
+        yield table
+
+
+@pytest.fixture
+def large(racer: bytes, request: pytest.FixtureRequest) -> Iterator[Table]:
+    """One of the usual size."""
+    with closing(Table(racer, layout.FLOWS, request.module.POLICY)) as table:
+        yield table
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 
 import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.packet import Raw
 from support_datapath import HOST4, PEER4, policy_of, to_host, to_peer
-from support_table import MILLION, Table, answered, asked, living, racer_object, talk
+from support_table import MILLION, Table, answered, asked, living, talk
 
 from loopback.modules.firewall.model import Action, Direction
 
@@ -22,25 +21,6 @@ WEB = "  - {name: web, proto: tcp, ports: 80, action: accept}\n"
 ASK = "  - {name: ask, direction: egress, proto: udp, ports: 1000-2000, action: accept}\n"
 POLICY = SHUT + NAMES + WEB + ASK
 FLOWS = 65536
-
-
-@pytest.fixture(scope="module")
-def racer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return racer_object(tmp_path_factory.mktemp("flows"))
-
-
-@pytest.fixture
-def small(racer: bytes) -> Iterator[Table]:
-    table = Table(racer, 1024, POLICY)
-    yield table
-    table.close()
-
-
-@pytest.fixture
-def large(racer: bytes) -> Iterator[Table]:
-    table = Table(racer, FLOWS, POLICY)
-    yield table
-    table.close()
 
 
 # ── floods ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,46 +3,26 @@
 from __future__ import annotations
 
 import ctypes as ct
-from collections.abc import Iterator
 
 import pytest
 from scapy.layers.inet import ICMP, TCP, UDP
 from scapy.packet import Packet as Frame
 from scapy.packet import Raw
 from support_datapath import OTHER4, PEER4, to_host, to_peer
-from support_table import MILLION, Table, living, racer_object, talk
+from support_table import MILLION, Table, living, talk
 
 from loopback.bpf import layout
 
 pytestmark = pytest.mark.kernel
 
 SHUT = "version: 1\ndefault: {ingress: drop, egress: drop}\nrules:\n"
-SERVING = (
+POLICY = (
     SHUT + "  - {name: names, proto: udp, ports: 53, action: accept}\n"
     "  - {name: web, proto: tcp, ports: 80, action: accept}\n"
     "  - {name: ping, proto: icmp, icmp: echo-request, action: accept}\n"
     "  - {name: ask, direction: egress, proto: udp, ports: 1000-2000, action: accept}\n"
 )
 FLOWS = 65536
-
-
-@pytest.fixture(scope="module")
-def racer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return racer_object(tmp_path_factory.mktemp("flows"))
-
-
-@pytest.fixture
-def small(racer: bytes) -> Iterator[Table]:
-    table = Table(racer, 1024, SERVING)
-    yield table
-    table.close()
-
-
-@pytest.fixture
-def large(racer: bytes) -> Iterator[Table]:
-    table = Table(racer, FLOWS, SERVING)
-    yield table
-    table.close()
 
 
 def proofs(table: Table) -> list[tuple[str, str]]:
@@ -168,7 +148,7 @@ def buckets(table: Table) -> dict[int, list[int]]:
 
 def test_tuples_that_meet_in_one_bucket_meet_in_no_other_hosts_table(racer: bytes) -> None:
     """An enemy who sees the table of his own host learns nothing about another: each has a seed of its own."""
-    tables = [Table(racer, 4096, SERVING) for _ in range(2)]
+    tables = [Table(racer, 4096, POLICY) for _ in range(2)]
     try:
         for port in range(10_000, 12_000):
             tables[0].arrives(to_host(UDP(sport=port, dport=53), Raw(b"x" * 8)))
