@@ -34,10 +34,10 @@ class KnownTables:
     """What the last policy's classifiers were made of: a part that would be the same is not made again."""
 
     def __init__(self) -> None:
-        self.fields: dict[
-            tuple[int, int, int], tuple[dict[int, int], Table]
-        ] = {}  # by direction, family, field
-        self.apart: dict[tuple[int, int], Known] = {}  # by direction and family
+        #: By direction, family and field: what its table says of each value, and the table.
+        self.fields: dict[tuple[int, int, int], tuple[dict[int, int], Table]] = {}
+        #: By direction and family.
+        self.apart: dict[tuple[int, int], Known] = {}
 
 
 class Parts:
@@ -64,10 +64,10 @@ def lay_entries(
 ) -> None:
     """Lay out the entries of one direction and family, which are `whose`."""
     family = whose[1]
-    at.count = len(entries)
     if not entries:
         return
     if len(entries) <= LINEAR:
+        at.count = len(entries)
         at.first = 1
         at.entries = parts.add(_packed([entries], family))
         return
