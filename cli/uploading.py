@@ -15,6 +15,7 @@ from nats.js.client import JetStreamContext
 
 from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refused
+from loopback.contracts.together import together
 from loopback.trust import blobs
 
 IN_FLIGHT: Final = 8  # chunks
@@ -41,12 +42,7 @@ async def store(js: JetStreamContext, data: bytes, progress: Callable[[int], Non
                 await _compare(js, subject, chunk, headers)
         progress(len(chunk))
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for number, chunk in enumerate(chunks):
-                group.create_task(put(number, chunk))
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+    await together(put(number, chunk) for number, chunk in enumerate(chunks))
     return digest
 
 

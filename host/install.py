@@ -336,7 +336,7 @@ def _named(store: Store, running: Running | None) -> set[str]:
 
 @contextmanager
 def plainly(path: Path) -> Iterator[None]:
-    """Turn what disks and task groups raise into the one refusal behind it."""
+    """Turn what disks and deadlines raise into a refusal."""
     try:
         yield
     except TimeoutError:  # an OSError too, but not the disk's
@@ -347,11 +347,3 @@ def plainly(path: Path) -> Iterator[None]:
         raise Refused(
             Code.HOST_DISK, f"{error.filename or path}: {error.strerror or error}", "free or repair the disk"
         ) from None
-    except BaseExceptionGroup as group:
-        refused, others = group.split(Refused)
-        if refused is None or others is not None:
-            raise
-        first: BaseException = refused
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None

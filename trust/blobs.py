@@ -18,6 +18,7 @@ from typing import Final
 
 from loopback.contracts import subjects
 from loopback.contracts.codes import Code, Refused
+from loopback.contracts.together import together
 
 CHUNK: Final = 128 * 1024  # bytes
 DEADLINE_S: Final = 600.0  # for one whole download; a slow drip ends here
@@ -174,18 +175,8 @@ async def _chunks(get: Get, sha256: str, total: int, first: int, parallel: int) 
 
 
 async def _together(get: Get, sha256: str, numbers: range) -> list[bytes]:
-    """These chunks, fetched at once; where one fails, the others end too.
-
-    Not a TaskGroup: where a task of one fails, Python 3.11 leaves the task that waited for it marked as being cancelled, and
-    its next `asyncio.timeout` that runs out ends it. An agent whose download failed once would obey nothing any more.
-    """
-    tasks = [asyncio.ensure_future(_chunk(get, sha256, number)) for number in numbers]
-    try:
-        return [data for data, _ in await asyncio.gather(*tasks)]
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    """These chunks, fetched at once; where one fails, the others end too."""
+    return [data for data, _ in await together(_chunk(get, sha256, number) for number in numbers)]
 
 
 async def _chunk(get: Get, sha256: str, number: int) -> tuple[bytes, dict[str, str]]:

@@ -17,6 +17,7 @@ from loopback.contracts import events, journal, subjects
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.keys import PublicKey
 from loopback.contracts.messages import EntitlementPut, HostPut, Offer, PoolPut, Record, Verdict, WorkspacePut
+from loopback.contracts.together import together
 from loopback.contracts.trustdoc import Trust, WorkspaceRules
 from loopback.services._runtime import streams, tracing
 from loopback.services._runtime.bus import Bus, Conflict, Outgoing, Stored, Unavailable
@@ -235,9 +236,7 @@ class Handlers:
             else self._tracer.start_as_current_span("judge by new rules", attributes=about)
         )
         with span:
-            async with asyncio.TaskGroup() as group:
-                for one in changed:
-                    group.create_task(put(*one))
+            await together(put(*one) for one in changed)
         return lost
 
     def _offer(self, host: Host, trust: Trust, now: datetime) -> Offer:

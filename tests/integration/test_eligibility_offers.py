@@ -36,6 +36,7 @@ from loopback.contracts.trustdoc import Floor, Trust, TrustDocument, WorkspaceRu
 from loopback.services._runtime.bus import Bus, Outgoing, Stored
 from loopback.services._runtime.commands import CommandContext
 from loopback.services._runtime.settings import Settings
+from loopback.services._runtime.wire import Unavailable
 from loopback.services.eligibility import app
 from loopback.services.eligibility.handlers import Handlers
 from loopback.services.eligibility.identities import Identities
@@ -180,6 +181,29 @@ async def test_a_floor_in_the_trust_document_changes_offers_and_verdicts_and_is_
     assert verdict.refused["web-1"].code is Code.HOST_BELOW_FLOOR
     replica.trust.floor("0.9")
     await offer_of(bus, "web-1", lambda o: refusals(o) == {"1.0.0": None, "1.1.0": None})
+
+
+async def test_rules_are_judged_again_after_the_bus_failed_amid_it(place, replica, monkeypatch):
+    host = await place.host("web-1")
+    await place.entitle()
+    await place.release()
+    await host.say(host.inventory())
+    await offer_of(replica.bus, "web-1", lambda o: refusals(o) == {"1.0.0": None})
+    failed = 0
+
+    async def unavailable(event: Outgoing) -> None:
+        nonlocal failed
+        failed += 1
+        raise Unavailable("no answer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(replica.bus, "publish", unavailable)
+        replica.trust.floor("1.1.0")
+        following = asyncio.create_task(replica.handlers.follow_rules(every_s=0.01))
+        await eventually(lambda: failed > 10 or following.done())
+        assert not following.done(), "it looks again, as for any other fault of the bus"
+    following.cancel()
+    await offer_of(replica.bus, "web-1", lambda o: refusals(o) == {"1.0.0": Code.HOST_BELOW_FLOOR})
 
 
 async def test_many_changes_seen_by_two_replicas_give_each_different_offer_once(place, replica):
