@@ -68,15 +68,7 @@ class Rosters:
         wake = self._workspaces.news
         while True:
             wake.clear()
-            try:
-                for workspace, source in self._stale():
-                    version = self._fleet.versions.get(workspace, 0)
-                    await self._refresh(workspace, source)
-                    self._true[workspace, source.key] = version
-            except (Conflict, Unavailable, ApiError, TimeoutError) as error:
-                if self._bus.nc.is_closed:
-                    raise
-                log.info("rosters: %s; looking again", error)
+            if not await self._look():
                 await asyncio.sleep(SETTLE_S)
                 continue
             try:
@@ -85,6 +77,22 @@ class Rosters:
             except TimeoutError:
                 self._true.clear()  # perhaps their stream was wiped
             await asyncio.sleep(SETTLE_S)
+
+    async def _look(self) -> bool:
+        """Publish every roster that may have changed; whether all went well. One that cannot be holds up no other."""
+        well = True
+        for workspace, source in self._stale():
+            version = self._fleet.versions.get(workspace, 0)
+            try:
+                await self._refresh(workspace, source)
+            except (Conflict, Unavailable, ApiError, TimeoutError) as error:
+                if self._bus.nc.is_closed:
+                    raise
+                log.info("roster of %s in %s: %s; looking again", source.words, workspace, error)
+                well = False
+            else:
+                self._true[workspace, source.key] = version
+        return well
 
     def _stale(self) -> Iterable[tuple[str, Source]]:
         for workspace, engine in list(self._workspaces.engines.items()):

@@ -18,6 +18,7 @@ from support_fleet import OPERATOR, WORKSPACE, fields
 from loopback.contracts import envelope, hostrecord, roster, subjects
 from loopback.contracts.messages import Policy, PoolPut
 from loopback.contracts.roster import Roster, Source
+from loopback.services._runtime.bus import Unavailable
 from loopback.services.activation import rosters
 
 pytestmark = pytest.mark.broker
@@ -119,6 +120,30 @@ async def test_rosters_follow_records_and_pools_from_the_first_rollout_on(place:
     gone = PoolPut(**fields(), pool="shop", serial=8, absent=True)
     await place.world.put("pool", "shop", gone)
     await holds(place, SHOP, "shop 8")
+
+
+@pytest.mark.parametrize("bad", [WEB, SHOP], ids=["labels", "pool"])
+async def test_a_roster_that_cannot_be_published_holds_up_no_other(
+    place: Fleet, monkeypatch: pytest.MonkeyPatch, bad: Source
+) -> None:
+    good = SHOP if bad is WEB else WEB
+    real = rosters.Rosters._refresh
+
+    async def refresh(self: rosters.Rosters, workspace: str, source: Source) -> None:
+        if source == bad:
+            raise Unavailable("no answer")
+        await real(self, workspace, source)
+
+    await put_host(place, "web-1", "10.0.0.1")
+    pool = PoolPut(**fields(), pool="shop", serial=1, addresses=("10.1.0.1",))
+    await place.world.put("pool", "shop", pool)
+    names = {WEB.key: "web-1", SHOP.key: "shop 1"}
+    with monkeypatch.context() as broken:
+        broken.setattr(rosters.Rosters, "_refresh", refresh)
+        await start(place, web=WEB, backends=SHOP)
+        await holds(place, good, names[good.key])
+        assert await read(place, bad) is None
+    await holds(place, bad, names[bad.key])
 
 
 async def test_one_record_changes_one_slice_of_a_large_roster(place: Fleet) -> None:
