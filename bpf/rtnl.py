@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
+from loopback.bpf.netlink import ACK, DUMP, ask
+
 _RTM_NEWLINK, _RTM_GETLINK, _RTM_GETQDISC, _RTM_DELQDISC, _RTM_GETTFILTER = 16, 18, 38, 37, 46
 _RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
 _RTA_DST, _RTA_SRC, _RTA_OIF = 1, 2, 4
-_REQUEST, _ACK, _DUMP = 1, 4, 0x300
 _IFLA_IFNAME = 3
 _GROUP_LINK = 1
 _TCA_KIND = 1
@@ -45,7 +46,7 @@ class Device(msgspec.Struct, frozen=True):
 def devices() -> list[Device]:
     """Every device of this network namespace. Raises OSError."""
     found = []
-    for kind, body in _ask(_RTM_GETLINK, struct.pack("=BxHiII", 0, 0, 0, 0, 0), _DUMP):
+    for kind, body in ask(_RTM_GETLINK, struct.pack("=BxHiII", 0, 0, 0, 0, 0), DUMP):
         if kind == _RTM_NEWLINK:
             _family, hardware, index, flags, _change = struct.unpack_from("=BxHiII", body)
             name = dict(_attributes(body[16:])).get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
@@ -65,7 +66,7 @@ def device_to(remote: str, local: str) -> int:
     for kind, address in zip((_RTA_DST, _RTA_SRC), addresses, strict=True):
         body += struct.pack("=HH", 4 + length, kind) + address
     try:
-        with contextlib.closing(_ask(_RTM_GETROUTE, body, 0)) as answers:
+        with contextlib.closing(ask(_RTM_GETROUTE, body, 0)) as answers:
             for kind, route in answers:
                 if kind == _RTM_NEWROUTE:
                     out = dict(_attributes(route[12:])).get(_RTA_OIF)
@@ -99,7 +100,7 @@ def drain(listening: socket.socket) -> None:
 
 def has_clsact(index: int) -> bool:
     """Whether the device has the clsact discipline. Raises OSError."""
-    for _kind, body in _ask(_RTM_GETQDISC, struct.pack("=BxxxiIII", 0, index, 0, 0, 0), _DUMP):
+    for _kind, body in ask(_RTM_GETQDISC, struct.pack("=BxxxiIII", 0, index, 0, 0, 0), DUMP):
         _family, owner, _handle, parent, _info = struct.unpack_from("=BxxxiIII", body)
         if owner == index and dict(_attributes(body[20:])).get(_TCA_KIND, b"").rstrip(b"\0") == b"clsact":
             return bool(parent == _CLSACT)
@@ -111,39 +112,15 @@ def filters(index: int) -> int:
     return sum(
         1
         for parent in _PARENTS
-        for _kind, body in _ask(_RTM_GETTFILTER, struct.pack("=BxxxiIII", 0, index, 0, parent, 0), _DUMP)
+        for _kind, body in ask(_RTM_GETTFILTER, struct.pack("=BxxxiIII", 0, index, 0, parent, 0), DUMP)
         if struct.unpack_from("=BxxxiIII", body)[1] == index
     )
 
 
 def remove_clsact(index: int) -> None:
     """Take the discipline away, with whatever hangs on it. Raises OSError."""
-    for _reply in _ask(_RTM_DELQDISC, struct.pack("=BxxxiIII", 0, index, 0xFFFF0000, _CLSACT, 0), _ACK):
+    for _reply in ask(_RTM_DELQDISC, struct.pack("=BxxxiIII", 0, index, 0xFFFF0000, _CLSACT, 0), ACK):
         pass
-
-
-def _ask(kind: int, body: bytes, flags: int) -> Generator[tuple[int, bytes], None, None]:
-    """One request; the answers as (type, body after the netlink header)."""
-    with socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
-    ) as asking:
-        asking.settimeout(5)
-        asking.bind((0, 0))
-        asking.send(struct.pack("=IHHII", 16 + len(body), kind, _REQUEST | flags, 1, 0) + body)
-        while True:
-            data = asking.recv(1 << 18)
-            at = 0
-            while at + 16 <= len(data):
-                length, type_, _flags, _sequence, _port = struct.unpack_from("=IHHII", data, at)
-                if type_ == 3:  # NLMSG_DONE
-                    return
-                if type_ == 2:  # NLMSG_ERROR, or an acknowledgement
-                    number = -struct.unpack_from("=i", data, at + 16)[0]
-                    if number:
-                        raise OSError(number, "rtnetlink")
-                    return
-                yield type_, data[at + 16 : at + length]
-                at += (length + 3) & ~3
 
 
 def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from loopback.bpf import rtnl
+from loopback.bpf.netlink import DUMP, ask
 from loopback.contracts.abi import Connection
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall.flows import Flow, at_key, original
@@ -23,7 +24,6 @@ from loopback.modules.firewall.packets import Verdict
 SSH: Final = (22,)  # where operators' sessions end, unless the host's settings say otherwise
 _SOCK_DIAG: Final = 4  # NETLINK_SOCK_DIAG
 _BY_FAMILY: Final = 20
-_DUMP: Final = 0x301  # a request for all
 _ESTABLISHED: Final = 1 << 1
 _HALF_CLOSED: Final = 1 << 4 | 1 << 5 | 1 << 8  # one end said that it is done
 _LISTENING: Final = 1 << 10
@@ -53,7 +53,7 @@ def _sockets(states: int, port: int = 0) -> Iterator[Connection]:
     """Sockets in these states, of a local port or of all."""
     for family in (socket.AF_INET, socket.AF_INET6):
         request = _REQUEST.pack(family, _TCP, 0, states, struct.pack(">H", port))
-        for body in _dump(request):
+        for _, body in ask(_BY_FAMILY, request, DUMP, _SOCK_DIAG):
             here, there, local, remote = _ANSWER.unpack_from(body)
             yield Connection(
                 local=_text(family, local),
@@ -78,25 +78,6 @@ def plain(address: str) -> str:
     if data.startswith(_MAPPED):
         return socket.inet_ntop(socket.AF_INET, data[12:])
     return socket.inet_ntop(socket.AF_INET6, data)
-
-
-def _dump(request: bytes) -> Iterator[bytes]:
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG) as asking:
-        asking.settimeout(5)
-        asking.bind((0, 0))
-        asking.send(struct.pack("=IHHII", 16 + len(request), _BY_FAMILY, _DUMP, 1, 0) + request)
-        while True:
-            data = asking.recv(1 << 18)
-            at = 0
-            while at + 16 <= len(data):
-                length, kind = struct.unpack_from("=IH", data, at)
-                if kind == 3:  # NLMSG_DONE
-                    return
-                if kind == 2:  # NLMSG_ERROR
-                    number = -struct.unpack_from("=i", data, at + 16)[0]
-                    raise OSError(number, "sock_diag")
-                yield data[at + 16 : at + length]
-                at += (length + 3) & ~3
 
 
 def beginning(connection: Connection, begun: Direction, device: str, tcp_flags: int | None = None) -> Packet:

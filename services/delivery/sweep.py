@@ -34,9 +34,9 @@ EVERY_S: Final = 24 * 3600.0
 _EVERY_CREATED: Final = "lb.ws.*.rollout.*.created"
 
 
-def unneeded(stored: Mapping[str, datetime], named: set[str], now: datetime) -> list[str]:
-    """Which of the stored contents, by digest with the time of their first chunk, are to be cleared. Pure."""
-    return sorted(digest for digest, at in stored.items() if digest not in named and now - at > KEPT)
+def old_enough(unnamed: Mapping[str, datetime | None], now: datetime) -> list[str]:
+    """Which of the contents that nobody names, by digest with the time of a chunk (None: gone), are to be cleared. Pure."""
+    return sorted(digest for digest, at in unnamed.items() if at is not None and now - at > KEPT)
 
 
 class Sweeper:
@@ -75,7 +75,7 @@ class Sweeper:
         if suspects:
             suspects -= await self._rolled_out()
         ages = {digest: await self._age(stored[digest]) for digest in suspects}
-        cleared = unneeded({d: at for d, at in ages.items() if at is not None}, set(), await self._bus.now())
+        cleared = old_enough(ages, await self._bus.now())
         for digest in cleared:
             filters = {"filter": subjects.blob_chunks(digest)}
             await self._bus.api(f"STREAM.PURGE.{subjects.STREAM_BLOBS}", filters)

@@ -109,9 +109,5 @@ async def test_where_it_cannot_be_known_what_is_named_nothing_is_cleared(
 
 
 def test_content_is_cleared_only_after_its_time() -> None:
-    stored = {
-        "old": NOW - sweep.KEPT - timedelta(seconds=1),
-        "young": NOW - sweep.KEPT,
-        "named": NOW - 9 * sweep.KEPT,
-    }
-    assert sweep.unneeded(stored, {"named"}, NOW) == ["old"]
+    unnamed = {"old": NOW - sweep.KEPT - timedelta(seconds=1), "young": NOW - sweep.KEPT, "gone": None}
+    assert sweep.old_enough(unnamed, NOW) == ["old"]
