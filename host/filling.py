@@ -22,6 +22,7 @@ from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.desired import Running
 from loopback.contracts.messages import Policy
 from loopback.contracts.roster import Source
+from loopback.contracts.together import together
 from loopback.contracts.trustdoc import Trust
 from loopback.host import fills, install, roster, transitions, trial
 from loopback.host.config import HostConfig
@@ -289,8 +290,7 @@ class Filler:
                 )
                 return digest, members
 
-        # Gathered, and not in a group: one refusal is what is told, and nothing is half done.
-        slices = dict(await asyncio.gather(*(read(n, d) for n, d in roster.missing(before, found).items())))
+        slices = dict(await together(read(n, d) for n, d in roster.missing(before, found).items()))
         after = roster.accept(before, found, slices)
         path = self._store.followed_path(workspace, source.key)
         await asyncio.to_thread(self._store.disk.write, path, msgspec.json.encode(after))
