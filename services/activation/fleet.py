@@ -75,8 +75,12 @@ class Fleet:
                     await self._tick.wait()
 
     def fold(self, stored: Stored) -> None:
-        """Take one record in; an older one than is known for its subject changes nothing."""
+        """Take the stream's next record in."""
+        self._know(stored)
         self._folded = max(self._folded, stored.sequence)
+
+    def _know(self, stored: Stored) -> None:
+        """Take in a record, perhaps ahead of its turn; an older one than is known for its subject changes nothing."""
         if stored.sequence <= self._sequences.get(stored.subject, 0):
             return
         self._sequences[stored.subject] = stored.sequence
@@ -115,14 +119,14 @@ class Fleet:
         """Read one host's record from the stream's leader: the fold may be a moment behind."""
         found = await bus.last(subjects.STREAM_FLEET, subjects.record(workspace, "host", host))
         if found is not None:
-            self.fold(found)
+            self._know(found)
 
     async def refresh_workspace(self, bus: Bus, workspace: str) -> bool:
         """The same for a workspace's record; whether it exists."""
         if workspace not in self.environments:
             found = await bus.last(subjects.STREAM_FLEET, subjects.record(workspace, "workspace", workspace))
             if found is not None:
-                self.fold(found)
+                self._know(found)
         return workspace in self.environments
 
     def key(self, workspace: str, host: str) -> PublicKey | None:
