@@ -179,16 +179,20 @@ async def _make(bus: Bus, configuration: dict[str, Any]) -> None:
         await bus.api(f"STREAM.UPDATE.{configuration['name']}", plain | kept)
 
 
+async def names(bus: Bus, subject: str = "") -> list[str]:
+    """Every stream, or every one with subjects like this one, page by page."""
+    found: list[str] = []
+    while True:
+        page = await bus.api("STREAM.NAMES", {"subject": subject, "offset": len(found)})
+        new = page.get("streams") or []
+        found += new
+        if not new or len(found) >= page["total"]:
+            return found
+
+
 async def spread(bus: Bus, replicas: int) -> None:
     """Keep the streams of all workspaces on this many servers too. With the admin's identity, after `ensure`."""
-    names: list[str] = []
-    while True:
-        page = await bus.api("STREAM.NAMES", {"offset": len(names)})
-        found = page.get("streams") or []
-        names += found
-        if not found or len(names) >= page["total"]:
-            break
-    for name in names:
+    for name in await names(bus):
         config = (await bus.api(f"STREAM.INFO.{name}"))["config"]
         if name.startswith(_WORKSPACES) and config["num_replicas"] != replicas:
             await bus.api(f"STREAM.UPDATE.{name}", {**config, "num_replicas": replicas})

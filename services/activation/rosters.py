@@ -17,6 +17,7 @@ from opentelemetry import metrics
 
 from loopback.contracts import envelope, events, roster, subjects
 from loopback.contracts.codes import Refused
+from loopback.contracts.desired import START_SKEW
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.roster import Member, Roster, Source
 from loopback.services._runtime.bus import Bus, Conflict, Outgoing, Stored, Unavailable
@@ -26,9 +27,6 @@ from loopback.services.activation.workspaces import Workspaces
 
 SETTLE_S: Final = 0.5  # after a change: a fleet that is recorded in one go is published in few steps
 LOOK_S: Final = 30.0  # without a change it looks again this often whether everything is published
-AHEAD: Final = timedelta(
-    minutes=5
-)  # a roster that was issued later than that from now on is believed by no host
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +45,7 @@ def members(fleet: Fleet, workspace: str, source: Source) -> dict[str, Member]:
 
 def issued(now: datetime, before: Roster | None) -> datetime:
     """The time of the next roster: later than that of the last, unless hosts do not believe that one either."""
-    if before is None or before.issued_at - now > AHEAD:
+    if before is None or before.issued_at - now > START_SKEW:
         return now
     return max(now, before.issued_at + timedelta(microseconds=1))
 

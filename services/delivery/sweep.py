@@ -23,7 +23,7 @@ from tuf.api.metadata import Targets  # type: ignore[attr-defined]  # tuf says n
 from loopback.contracts import envelope, journal, subjects
 from loopback.contracts.codes import Code, Refused
 from loopback.contracts.messages import decode_policy
-from loopback.services._runtime import flow
+from loopback.services._runtime import flow, streams
 from loopback.services._runtime.bus import Bus, Conflict, Forbidden, Stored, Unavailable
 from loopback.services._runtime.wire import ApiError
 from loopback.services.delivery.store import Store
@@ -125,12 +125,7 @@ class Sweeper:
         def on(stored: Stored) -> None:
             policies.update(_policy(stored))
 
-        answer = await self._bus.api("STREAM.NAMES", {"subject": _EVERY_CREATED})
-        names = list(answer.get("streams") or ())
-        while len(names) < int(answer.get("total", 0)):
-            answer = await self._bus.api("STREAM.NAMES", {"subject": _EVERY_CREATED, "offset": len(names)})
-            names += answer["streams"]
-        for name in names:
+        for name in await streams.names(self._bus, _EVERY_CREATED):
             await flow.follow(self._bus, name, [_EVERY_CREATED], on, forever=False)
         for digest in policies - self._contents.keys():
             if (content := await self._content(digest)) is not None:
