@@ -349,6 +349,7 @@ class Agent:
         try:
             self._changed()
         except Exception:
+            # Called where a fault has just been caught: one more here would end the task that obeys, and the agent with it.
             log.exception("the refusal cannot be reported")
             self.voice.faults += 1
 

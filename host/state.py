@@ -2,6 +2,7 @@
 
     state_dir/state.json                        HostState
     state_dir/tuf/  trust/  downloads/  policies/<digest>.json
+    state_dir/contents/<digest>                 of policies that name their content instead of holding it
     state_dir/policies/<digest>.sets.json       what fills a policy's sets, as its module took it last
     state_dir/sets/<workspace>.<source>.json    roster.Followed
     state_dir/modules/<module>/state.json       ModuleState, shared with the watchdog under `lock`

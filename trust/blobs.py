@@ -75,10 +75,10 @@ async def download(
     check_digest(sha256)
     part = into.with_name(into.name + ".part")
     resumed = await _fill(get, sha256, part, max_size, size, parallel, deadline_s)
-    if resumed and _digest_of(part) != sha256:
+    if resumed and await asyncio.to_thread(_digest_of, part) != sha256:
         part.unlink()  # the earlier part may have been damaged on this disk: once more, from the start
         await _fill(get, sha256, part, max_size, size, parallel, deadline_s)
-    found = _digest_of(part)
+    found = await asyncio.to_thread(_digest_of, part)
     if found != sha256:
         part.unlink()
         raise Refused(
