@@ -18,6 +18,11 @@ from loopback.modules.firewall.tuples import PORT, PROTOCOL, SOURCE_PORT, Entry,
 
 #: Chains of pairs of classes that there may be, each a place in the table of heads. Tuples of more chains are left as they are.
 MOST: Final = 1 << 12
+#: Entries of a tuple that is told apart: each is compared with all behind it. The largest of 100,000 generated rules has 475.
+MOST_ENTRIES: Final = 1 << 11
+#: Entries in all those chains, one counted in each that it stands in; else sixty sources and destinations before a thousand
+#: ranges of ports would fill a slot with copies. Those 100,000 rules come to 611.
+MOST_LAID: Final = 1 << 15
 _BYTE: Final = 8  # bits that a class is known by
 _ANY: Final = 65535
 _order: Final = attrgetter("order")
@@ -63,7 +68,10 @@ def _told_apart(short: Mapping[int, list[Entry]], family: int) -> Classes | None
     if not by_seed or all(len(chain) == 1 for chain in short.values()):
         return None
     # the most chains are those of exact ports, which few packets meet
-    seeds = sorted(by_seed, key=lambda seed: (len(by_seed[seed]), seed))
+    seeds = sorted(
+        (seed for seed, chains in by_seed.items() if sum(map(len, chains)) <= MOST_ENTRIES),
+        key=lambda seed: (len(by_seed[seed]), seed),
+    )
     while seeds:
         every = [entry for seed in seeds for chain in by_seed[seed] for entry in chain]
         sources, of_source = _classes({entry.source for entry in every}, family)
@@ -74,6 +82,7 @@ def _told_apart(short: Mapping[int, list[Entry]], family: int) -> Classes | None
     else:
         return None
     found: dict[int, list[Entry]] = {}
+    left = MOST_LAID
     for seed in seeds:
         for transport, entries in _by_transport(by_seed[seed], seed & 7).items():
             reached = _Reached(entries, family)
@@ -85,6 +94,9 @@ def _told_apart(short: Mapping[int, list[Entry]], family: int) -> Classes | None
                         key = seed << 64 | hash_of(0, a | b << 8, transport, seed, family)
                         chain, met = reached.of(members), found.get(key)
                         found[key] = chain if met is None else sorted([*met, *chain], key=_order)
+                if reached.laid > left:
+                    return None
+            left -= reached.laid
     return Classes(bytes(of_source + of_destination), frozenset(seeds), found)
 
 
@@ -126,11 +138,15 @@ def _members(entries: Sequence[Entry], field: str, held: frozenset[int]) -> int:
 
 
 class _Reached:
-    """What packets of a class can meet of some entries: nothing behind one that matches whatever they match."""
+    """What packets of a class can meet of some entries: nothing behind one that matches whatever they match.
+
+    `laid` is how many entries the lists have that were asked for.
+    """
 
     def __init__(self, entries: Sequence[Entry], family: int) -> None:
         self._entries = entries
         self._known: dict[int, list[Entry]] = {}
+        self.laid = 0
         self._behind = [0] * len(entries)  # those that an entry leaves nothing for
         for place, one in enumerate(entries):
             if (
@@ -151,6 +167,7 @@ class _Reached:
                 found.append(self._entries[place])
                 left &= ~(bit | self._behind[place])
             self._known[members] = found
+            self.laid += len(found)
         return found
 
 

@@ -280,6 +280,42 @@ def test_packets_that_no_better_rule_matches_walk_no_long_chain_of_short_prefixe
     assert max(scanned) <= 4, "the only entry of its class, and what meets it at its head"
 
 
+def test_short_prefixes_before_many_ranges_of_ports_fill_no_slot_with_copies() -> None:
+    short = [Prefix(4, n << 25, 7) for n in range(60)]
+    ranges = [
+        rule(f"p{n}", ports=(PortRange(1000 + 20 * n, 1009 + 20 * n),), protocols=(6,)) for n in range(1000)
+    ]
+    policy = policy_of(
+        *(
+            rule(f"s{n}", sources=(one,), ports=(PortRange(5, 9),), protocols=(6,))
+            for n, one in enumerate(short)
+        ),
+        *(
+            rule(f"d{n}", destinations=(one,), ports=(PortRange(5, 9),), protocols=(6,))
+            for n, one in enumerate(short)
+        ),
+        *ranges,
+    )
+    slot = compiled(policy)
+    assert len(slot.slot) < 1 << 20, "each pair of classes would have a thousand entries of its own"
+    reader = Reader(slot)
+    for packet in uniform(200):
+        agree(policy, reader, packet)
+
+
+def test_a_chain_of_thousands_is_not_compared_entry_by_entry() -> None:
+    ranges = [rule(f"p{n}", ports=(PortRange(1 + 20 * n, 9 + 20 * n),), protocols=(6,)) for n in range(3000)]
+    few = [rule(f"s{n}", sources=(Prefix(4, n << 25, 7),)) for n in range(40)]
+    memory = Memory()
+    policy = policy_of(*few, *ranges)
+    reader = Reader(compiled(policy, memory))
+    found = memory.tables.apart[0, 4].found
+    assert found is not None, "the others are told apart all the same"
+    assert len(found.seeds) == 1 and max(map(len, found.chains.values())) < 3000
+    for packet in uniform(200):
+        agree(policy, reader, packet)
+
+
 def test_what_was_told_apart_serves_the_next_policy_and_nothing_else_of_the_last_does() -> None:
     short = [rule(f"s{n}", sources=(Prefix(4, n << 26, 6),)) for n in range(40)]
     memory = Memory()
