@@ -54,8 +54,7 @@ _LATEST: Final = datetime.max.replace(tzinfo=UTC) - WAY_BACK  # where the calend
 
 
 class Exposure(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that is possible (`can`) or is not. `says` is a sentence for people, `values` its "
-    "figures for programs."""
+    """One thing that is possible (`can`) or is not. `says` is a sentence for people, `values` its figures for programs."""
 
     id: str
     can: bool

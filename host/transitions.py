@@ -220,11 +220,6 @@ def roll_back(state: ModuleState, refusal: Refusal) -> ModuleState:
     return replace(state, phase=Phase.ROLLING_BACK, step="roll-back", refusal=brief(refusal))
 
 
-def rolled_back(state: ModuleState) -> ModuleState:
-    """What held before holds again."""
-    return undo(state, restored=True)
-
-
 def undo(state: ModuleState, *, restored: bool = True, reason: Refusal | None = None) -> ModuleState:
     """End a trial without promotion; used by agent, watchdog and recovery alike.
 

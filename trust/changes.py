@@ -25,7 +25,8 @@ MAX_CHANGE: Final = (
     16 * 1024 * 1024
 )  # bytes; sixteen metadata files of the greatest size, and a trust document
 
-_NAME: Final = re.compile(
+#: The name of a metadata file that people sign.
+NAME: Final = re.compile(
     r"(?P<version>[1-9][0-9]{0,9})\.(?P<role>root|targets|module-[a-z][a-z0-9-]{0,63})\.json"
 )
 
@@ -83,7 +84,7 @@ def decode(data: bytes, name: str) -> Change:
     if found.format != FORMAT:
         raise Refused(Code.TUF_INVALID, f"{name} has format {found.format}; this version knows {FORMAT}")
     for file in found.metadata:
-        if _NAME.fullmatch(file) is None:
+        if NAME.fullmatch(file) is None:
             raise Refused(Code.TUF_INVALID, f"{name}: {file[:80]!r} is no file that people sign")
     return found
 

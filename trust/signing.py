@@ -38,7 +38,6 @@ SNAPSHOT_LIFE: Final = timedelta(days=7)  # renewed by delivery
 TIMESTAMP_LIFE: Final = timedelta(days=1)  # bounds how long somebody can hide news from a host
 
 TOP_ROLES: Final = ("root", "targets", "snapshot", "timestamp")
-OFFLINE: Final = ("root", "targets")
 ONLINE: Final = ("snapshot", "timestamp")
 
 #: Before its end, when a role's expiry is warned of. By hand: a quarter of a year, a month. By delivery, which renews at half

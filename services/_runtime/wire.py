@@ -20,7 +20,6 @@ DUPLICATE_IN_BATCH: Final = 10201
 BATCH_INCOMPLETE: Final = 10176
 NO_MESSAGE: Final = 10037
 NO_STREAM: Final = 10059
-NO_CONSUMER: Final = 10014
 STREAM_NAME_TAKEN: Final = 10058  # with another configuration; the same again is no error
 STREAM_OVERLAP: Final = 10065
 REPLICAS_UNSUPPORTED: Final = 10074  # more than one, on a server without a cluster

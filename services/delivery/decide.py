@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Final
@@ -25,14 +24,12 @@ from loopback.contracts.envelope import POLICY, open_envelope, parse
 from loopback.contracts.keys import SigningKey
 from loopback.contracts.messages import Policy, Release, ReleasePublish, decode_policy
 from loopback.contracts.trustdoc import Role, Trust
-from loopback.trust import signing, standing
+from loopback.trust import changes, signing, standing
 from loopback.trust.manifest import Manifest
 from loopback.trust.repository import MAX_ROOT, MAX_TARGETS, TargetInfo, target_path
 
 MAX_FILES: Final = 16  # metadata files in one command
 RENEW_AT: Final = 0.5  # part of a file's life after which it is signed anew
-
-_NAME = re.compile(r"(?P<version>[1-9][0-9]{0,9})\.(?P<role>root|targets|module-[a-z][a-z0-9-]{0,63})\.json")
 
 
 class Repository(msgspec.Struct, frozen=True):
@@ -117,7 +114,7 @@ def checked(files: Mapping[str, bytes]) -> dict[str, bytes]:
     if len(files) > MAX_FILES:
         raise _invalid(f"metadata: {len(files)} files are more than the {MAX_FILES} allowed")
     for name, data in files.items():
-        match = _NAME.fullmatch(name)
+        match = changes.NAME.fullmatch(name)
         if match is None:
             raise _invalid(f"metadata: {name[:80]!r} is no file that people sign (like 2.targets.json)")
         if len(data) > (MAX_ROOT if match["role"] == "root" else MAX_TARGETS):
