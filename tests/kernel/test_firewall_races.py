@@ -78,7 +78,8 @@ def older_sources() -> dict[str, str]:
     return {
         "bpf/programs/firewall.bpf.c": program,
         "lib/loopback/bpf/sharing.py": edited(
-            (ROOT / "bpf/sharing.py").read_text(), ("fromkeys(HELD, 1) | {", 'fromkeys(HELD, 1) | {"fragments": 9, "config": 9,')
+            (ROOT / "bpf/sharing.py").read_text(),
+            ("fromkeys(HELD, 1) | {", 'fromkeys(HELD, 1) | {"fragments": 9, "config": 9,'),
         ),
         "lib/loopback/modules/firewall/pins.py": edited(
             (SOURCE / "pins.py").read_text(), ('"fw_l3_ingress"', '"fw_tun_ingress", "fw_old"')
