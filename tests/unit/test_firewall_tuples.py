@@ -280,24 +280,28 @@ def test_packets_that_no_better_rule_matches_walk_no_long_chain_of_short_prefixe
     assert max(scanned) <= 4, "the only entry of its class, and what meets it at its head"
 
 
-def test_short_prefixes_before_many_ranges_of_ports_fill_no_slot_with_copies() -> None:
-    short = [Prefix(4, n << 25, 7) for n in range(60)]
+@pytest.mark.parametrize(("count", "asked"), [(60, (PortRange(5, 9),)), (30, ())])
+def test_short_prefixes_before_many_ranges_of_ports_fill_no_slot_with_copies(
+    count: int, asked: tuple[PortRange, ...]
+) -> None:
+    short = [Prefix(4, n << 25, 7) for n in range(count)]
+    named = (6,) if asked else ()
     ranges = [
         rule(f"p{n}", ports=(PortRange(1000 + 20 * n, 1009 + 20 * n),), protocols=(6,)) for n in range(1000)
     ]
     policy = policy_of(
         *(
-            rule(f"s{n}", sources=(one,), ports=(PortRange(5, 9),), protocols=(6,))
+            rule(f"s{n}", sources=(one,), ports=asked, protocols=named, interfaces=("eth0",))
             for n, one in enumerate(short)
         ),
         *(
-            rule(f"d{n}", destinations=(one,), ports=(PortRange(5, 9),), protocols=(6,))
+            rule(f"d{n}", destinations=(one,), ports=asked, protocols=named, interfaces=("eth0",))
             for n, one in enumerate(short)
         ),
         *ranges,
     )
     slot = compiled(policy)
-    assert len(slot.slot) < 1 << 20, "each pair of classes would have a thousand entries of its own"
+    assert len(slot.slot) < 1 << 20, "each pair of classes would lead to a thousand entries of its own"
     reader = Reader(slot)
     for packet in uniform(200):
         agree(policy, reader, packet)
