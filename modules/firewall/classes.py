@@ -21,7 +21,7 @@ MOST: Final = 1 << 12
 #: Entries of a tuple that is told apart: each is compared with all behind it. The largest of 100,000 generated rules has 475.
 MOST_ENTRIES: Final = 1 << 11
 #: Entries in the chains of all pairs, each counted wherever it stands: chains that are alike are copied too, where their heads
-#: meet others. Else thirty sources and destinations before a thousand ranges of ports fill a slot. Those 100,000 rules have 1808.
+#: meet others. Else thirty sources and destinations before a thousand ranges of ports fill a slot. 100,000 rules have 1808.
 MOST_LAID: Final = 1 << 15
 _BYTE: Final = 8  # bits that a class is known by
 _ANY: Final = 65535
