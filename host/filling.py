@@ -104,6 +104,7 @@ class Filler:
                 except Refused as refused:
                     self._say(supervisor, refused.refusal)
                 except Exception as error:
+                    # Whatever one round meets, the next may be good: this task must not end, and the agent with it.
                     log.exception("%s: filling its sets ended in a fault of this agent", supervisor.module)
                     self._say(supervisor, transitions.fault(error))
 

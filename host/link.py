@@ -279,8 +279,11 @@ class Link:
             for what, callback in (("desired", arrived), ("identity", told)):
                 subject = subjects.to_host(self.config.workspace, self.config.host, what)
                 await nc.subscribe(subject, cb=callback)
-            for key in self._keys:
-                await self._listen(nc, key)
+            listening: set[str] = set()
+            while more := self._keys - listening:  # `follow` may name others meanwhile
+                for key in more:
+                    await self._listen(nc, key)
+                listening |= more
         except BaseException:
             await disconnect(nc)  # also one that was cut off while it was made: its socket would stay
             raise
