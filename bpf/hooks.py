@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Final, Literal
 
 from loopback.bpf import libbpf, rtnl
-from loopback.bpf.libbpf import refused
+from loopback.bpf.libbpf import BPF_XDP, check, refused
 from loopback.bpf.objects import Program
 
-BPF_XDP: Final = 37
 XDP_SKB, XDP_NATIVE = 1 << 1, 1 << 2
 TC_INGRESS, TC_EGRESS = 1, 2
 TC_REPLACE: Final = 1
@@ -90,17 +89,16 @@ class XdpLink:
     @classmethod
     def pinned(cls, path: Path) -> XdpLink:
         """A pinned link; its name ends in its mode. Raises Refused."""
-        fd = libbpf.library().bpf_obj_get(os.fsencode(path))
-        if fd < 0:
-            raise refused(fd, f"opening {path}")
+        fd = check(libbpf.library().bpf_obj_get(os.fsencode(path)), f"opening {path}")
         return cls(fd, "generic" if path.name.endswith("generic") else "native")
 
     def _info(self) -> _LinkInfo:
         info = _LinkInfo()
         length = ct.c_uint32(ct.sizeof(info))
-        result = libbpf.library().bpf_obj_get_info_by_fd(self.fd, ct.byref(info), ct.byref(length))
-        if result < 0:
-            raise refused(result, "reading a link")
+        check(
+            libbpf.library().bpf_obj_get_info_by_fd(self.fd, ct.byref(info), ct.byref(length)),
+            "reading a link",
+        )
         return info
 
     @property
@@ -115,15 +113,11 @@ class XdpLink:
 
     def update(self, program: Program) -> None:
         """Replace the program; every packet meets the one or the other. Raises Refused."""
-        result = libbpf.library().bpf_link_update(self.fd, program.fd, None)
-        if result < 0:
-            raise refused(result, "replacing an XDP program")
+        check(libbpf.library().bpf_link_update(self.fd, program.fd, None), "replacing an XDP program")
 
     def pin(self, path: Path) -> None:
         """Keep it beyond this process. Raises Refused."""
-        result = libbpf.library().bpf_obj_pin(self.fd, os.fsencode(path))
-        if result < 0:
-            raise refused(result, f"pinning {path}")
+        check(libbpf.library().bpf_obj_pin(self.fd, os.fsencode(path)), f"pinning {path}")
 
     def close(self) -> None:
         """Give the descriptor back. Without a pin this detaches."""

@@ -94,11 +94,11 @@ def _load(
                 short = []
         # verifying is nearly all of the time, and the kernel does it for several programs at once
         with ThreadPoolExecutor(max(len(os.sched_getaffinity(0)), 1)) as threads:
-            left = [*long, *short]
-            for name, program in zip(
-                left, threads.map(lambda n: _load_one(data, n, made.maps), left), strict=True
-            ):
-                made.programs[name] = program
+            each = {n: threads.submit(_load_one, data, n, made.maps) for n in (*long, *short)}
+        # first those that were loaded: should another one be refused, they are closed with the rest
+        made.programs |= {n: one.result() for n, one in each.items() if not one.exception()}
+        for one in each.values():
+            one.result()
     except BaseException:
         made.close()
         raise

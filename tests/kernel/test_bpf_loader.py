@@ -195,6 +195,19 @@ def test_a_program_that_is_not_safe_is_refused_in_the_verifiers_words(tmp_path: 
     assert len(refusal.value.reason) < libbpf.MAX_LOG + 200
 
 
+def test_of_an_object_that_is_refused_no_program_stays_in_the_kernel(tmp_path: Path) -> None:
+    turns = "volatile int i = 0; " + "i++; " * loader.SHORT
+    body = "\n".join(
+        f'SEC("xdp") int {name}(struct xdp_md *xdp) {{ {turns} return {what}; }}'
+        for name, what in (("fine", "i"), ("bad", "*(unsigned char *)(long)xdp->data"), ("too", "i"))
+    )
+    data = compiled(tmp_path, body)
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    with pytest.raises(Refused, match="invalid access to packet"):
+        loader.load(data)
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
+
+
 def test_of_a_verifiers_log_of_megabytes_the_end_is_kept(tmp_path: Path) -> None:
     # every turn of the loop is in the log, and only then comes what is wrong
     body = """SEC("xdp") int bad(struct xdp_md *xdp)
