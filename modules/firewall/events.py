@@ -29,8 +29,8 @@ def decode(record: bytes, names: Mapping[int, str]) -> dict[str, str | int]:
     }
     if event.family in (4, 6):
         attributes |= {
-            "src": _address(event.family, bytes(event.source)),
-            "dst": _address(event.family, bytes(event.destination)),
+            "src": address(event.family, bytes(event.source)),
+            "dst": address(event.family, bytes(event.destination)),
             "proto": _PROTOCOLS.get(event.protocol, str(event.protocol)),
         }
         if event.protocol in (1, 58):
@@ -42,7 +42,8 @@ def decode(record: bytes, names: Mapping[int, str]) -> dict[str, str | int]:
     return attributes
 
 
-def _address(family: int, data: bytes) -> str:
+def address(family: int, data: bytes) -> str:
+    """An address of a report, which carries it in network order."""
     return str(ipaddress.ip_address(data[12:] if family == 4 else data))
 
 

@@ -17,6 +17,8 @@ from loopback.bpf import rtnl
 from loopback.bpf.netlink import DUMP, ask
 from loopback.contracts.abi import Connection
 from loopback.contracts.codes import Code, Refused
+from loopback.modules.firewall import policy_fields
+from loopback.modules.firewall.filling import inside
 from loopback.modules.firewall.flows import Flow, at_key, original
 from loopback.modules.firewall.model import Direction, Packet, Prefix, Rule
 from loopback.modules.firewall.packets import Verdict
@@ -102,22 +104,18 @@ def packets(
 ) -> list[Packet]:
     """What a policy must accept, as new, for a connection to live: what began it, and what its flow is judged by."""
     found = [beginning(connection, begun, device)]
-    for direction, side in flow.sides.items() if flow else ():
-        packet = original(flow, direction, devices.get(side.ifindex, "")) if flow else found[0]
-        if packet not in found:
-            found.append(packet)
+    if flow is not None:
+        for direction, side in flow.sides.items():
+            packet = original(flow, direction, devices.get(side.ifindex, ""))
+            if packet not in found:
+                found.append(packet)
     return found
 
 
 def within(connection: Connection, networks: Sequence[Prefix]) -> bool:
     """Whether a connection's other end is in one of the networks; everywhere counts where none is given."""
-    address = plain(connection.remote)
-    family = 6 if ":" in address else 4
-    number = int.from_bytes(socket.inet_pton(socket.AF_INET6 if family == 6 else socket.AF_INET, address))
-    bits = 128 if family == 6 else 32
-    return not networks or any(
-        one.family == family and not (number ^ one.address) >> (bits - one.length) for one in networks
-    )
+    address = policy_fields.prefix(plain(connection.remote))
+    return not networks or any(inside(address, one) for one in networks)
 
 
 def names_peer(rule: Rule, direction: Direction) -> bool:

@@ -7,13 +7,13 @@ done to it, is the other one's answer compared; all else counts as unsure, so th
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import msgspec
 
 from loopback.bpf import layout
+from loopback.modules.firewall.events import address
 from loopback.modules.firewall.model import Direction, Packet
 from loopback.modules.firewall.packets import ICMP, ICMPV6, TCP, Verdict
 
@@ -69,7 +69,7 @@ def question(event: layout.Event, devices: Mapping[int, str]) -> Packet | None:
     reason = layout.REASONS[event.reason] if event.reason < len(layout.REASONS) else ""
     if event.family not in (4, 6) or event.packet & layout.LATER_FRAGMENT:
         return None
-    src, dst = (_address(event.family, bytes(a)) for a in (event.source, event.destination))
+    src, dst = (address(event.family, bytes(a)) for a in (event.source, event.destination))
     sport, dport, kind, code = event.source_port, event.destination_port, event.icmp_type, event.icmp_code
     direction, device, state = Direction(event.direction & 1), event.ifindex, "new"
     if reason in _BY_FLOW:
@@ -100,10 +100,6 @@ def question(event: layout.Event, devices: Mapping[int, str]) -> Packet | None:
         iface=devices.get(device, ""),
         state=state,
     )
-
-
-def _address(family: int, data: bytes) -> str:
-    return str(ipaddress.ip_address(data[12:] if family == 4 else data))
 
 
 def _by_rule(event: layout.Event, now: Verdict) -> bool:
