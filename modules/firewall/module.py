@@ -147,24 +147,25 @@ class FirewallModule(Module):
     async def _cover_devices(self) -> None:
         """Again until nothing changes while it works, since news during that time start no second task."""
         known: list[rtnl.Device] = []
-        while (present := rtnl.devices()) != known:
-            known = present
-            before = {a.ifindex for a in self._attachments()}
-            try:
-                found = await self._do(lambda d: d.cover())
-            except Refused as problem:
-                self.event("firewall.uncovered", code=problem.code, reason=problem.reason)
-                return
-            for one in found:
-                if one.ifindex not in before:
-                    self.event(
-                        "firewall.device",
-                        device=one.device,
-                        ingress=one.ingress or "",
-                        note=one.note,
-                        problem=one.problem,
-                    )
-            await asyncio.sleep(SETTLE_S)
+        try:
+            while (present := rtnl.devices()) != known:
+                known = present
+                before = {a.ifindex for a in self._attachments()}
+                for one in await self._do(lambda d: d.cover()):
+                    if one.ifindex not in before:
+                        self.event(
+                            "firewall.device",
+                            device=one.device,
+                            ingress=one.ingress or "",
+                            note=one.note,
+                            problem=one.problem,
+                        )
+                await asyncio.sleep(SETTLE_S)
+        except Refused as problem:
+            self.event("firewall.uncovered", code=problem.code, reason=problem.reason)
+        except OSError as error:
+            reason = f"kernel: cannot list devices: {error}"
+            self.event("firewall.uncovered", code=Code.KERNEL_UNSUPPORTED, reason=reason)
 
     def _attachments(self) -> list[Attachment]:
         return list(self._datapath.attachments) if self._datapath else []
@@ -184,7 +185,7 @@ class FirewallModule(Module):
         Raises Refused POLICY_*.
         """
         policy = await asyncio.to_thread(policies.parse, request.content, "policy.json")
-        policy = filled(policy, request.fills)
+        policy = await asyncio.to_thread(filled, policy, request.fills)
         self._staged, self._filling = None, False
         if self._opening is not None and not self._opening.done():
             await asyncio.to_thread(compiler.foresee, policy, self._memory)
@@ -222,7 +223,7 @@ class FirewallModule(Module):
             )
         self._staged = None
         try:
-            policy = filled(base, request.fills)
+            policy = await asyncio.to_thread(filled, base, request.fills)
             detail = await self._do(lambda d: d.stage(policy, request.digest))
             if request.control is not None:
                 detail |= await self._prove_live(request.control)

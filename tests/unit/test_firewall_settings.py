@@ -39,3 +39,19 @@ def test_a_setting_with_a_typing_error_is_named_in_the_log(
     assert [record.getMessage() for record in caplog.records] == [
         "[modules.firewall] interface: there is no such setting; did you mean 'interfaces'?"
     ]
+
+
+async def test_devices_that_cannot_be_listed_are_told_and_end_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unheard() -> list[object]:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(module.rtnl, "devices", unheard)
+    firewall = module.FirewallModule()
+    firewall._on_devices()
+    assert firewall._cover is not None
+    await firewall._cover
+    [event] = firewall._events
+    assert event.kind == "firewall.uncovered" and event.attributes["code"] == Code.KERNEL_UNSUPPORTED
+    assert "timed out" in str(event.attributes["reason"])
