@@ -29,6 +29,7 @@ from typing import Final, NamedTuple
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from loopback.contracts import hostrecord
 from loopback.contracts.codes import Code, Refusal, Refused
 from loopback.contracts.envelope import payload_of
 from loopback.contracts.exposure import is_below
@@ -36,6 +37,7 @@ from loopback.contracts.hostrecord import HostRecord
 from loopback.contracts.messages import (
     Check,
     EntitlementPut,
+    HostPut,
     OfferedVersion,
     PoolPut,
     Record,
@@ -105,6 +107,23 @@ def check_serial(command: PoolPut, before: Record) -> None:
             Code.POOL_SERIAL,
             f"serial: {command.serial} is not above {known.serial}, the last of pool {command.pool!r}",
             f"sign it again with serial {known.serial + 1} or above",
+        )
+
+
+def check_newer(command: HostPut, before: Record) -> None:
+    """Refuse a host's record that was signed before the one that there is: hosts would refuse it too, and every roster
+    that it stands in. Raises Refused(COMMAND_CONFLICT).
+    """
+    try:
+        known = hostrecord.of(before).issued_at
+    except Refused:
+        return  # hosts do not believe that one
+    if command.issued_at < known:
+        raise Refused(
+            Code.COMMAND_CONFLICT,
+            f"issued_at: it was signed at {command.issued_at.isoformat()}, before the record of {command.host!r} "
+            f"that there is ({known.isoformat()})",
+            "compare the clocks of the operators' machines, and sign it again",
         )
 
 

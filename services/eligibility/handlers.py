@@ -85,6 +85,9 @@ class Handlers:
                 f"public_key: it is already the key of {owner[1]!r} in {owner[0]!r}",
                 "make a key of its own for each host ('loopback host add')",
             )
+        known = await self._earlier(context, "host", command.host)
+        if known is not None:
+            decide.check_newer(command, known)
         return await self.put(context, "host", command.host, {})
 
     async def put_pool(self, context: CommandContext) -> Accepted:
@@ -93,14 +96,17 @@ class Handlers:
         assert isinstance(command, PoolPut)
         decide.check_pool(command)
         await self.require_workspace(command.workspace)
-        known = await self._bus.last(
-            subjects.STREAM_FLEET, subjects.record(command.workspace, "pool", command.pool)
-        )
+        known = await self._earlier(context, "pool", command.pool)
         if known is not None:
-            record = msgspec.json.decode(known.data, type=Record)
-            if record.sequence < context.stored.sequence:
-                decide.check_serial(command, record)
+            decide.check_serial(command, known)
         return await self.put(context, "pool", command.pool, {"serial": str(command.serial)})
+
+    async def _earlier(self, context: CommandContext, kind: str, name: str) -> Record | None:
+        """The record that a command is about, as an earlier one left it."""
+        subject = subjects.record(context.command.workspace, kind, name)
+        stored = await self._bus.last(subjects.STREAM_FLEET, subject)
+        record = msgspec.json.decode(stored.data, type=Record) if stored is not None else None
+        return record if record is not None and record.sequence < context.stored.sequence else None
 
     async def require_workspace(self, workspace: str) -> None:
         """Raises Refused(WORKSPACE_UNKNOWN) where nobody made it."""

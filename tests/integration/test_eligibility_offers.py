@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
@@ -399,3 +399,24 @@ async def test_a_command_that_cannot_be_carried_out_is_refused_naming_what_is_wr
         await handler[type(command)](context(command, 3001))
     assert caught.value.code is code
     assert said in caught.value.reason
+
+
+async def test_a_record_signed_before_the_one_that_there_is_is_refused_as_hosts_would(place, replica):
+    host = await place.host("web-1")
+    known = fields()
+    earlier = known["issued_at"] - timedelta(hours=1)  # by an admin whose clock is behind
+
+    def signed(issued_at: datetime) -> HostPut:
+        made = {**known, "issued_at": issued_at}
+        return HostPut(**made, host="web-1", public_key=host.key.public.text, labels={"role": "db"})
+
+    subject = subjects.record(WORKSPACE, "host", "web-1")
+    before = await replica.bus.last(subjects.STREAM_FLEET, subject)
+    with pytest.raises(Refused) as caught:
+        await replica.handlers.put_host(context(signed(earlier), 3001))
+    assert caught.value.code is Code.COMMAND_CONFLICT
+    assert earlier.isoformat() in caught.value.reason
+    assert await replica.bus.last(subjects.STREAM_FLEET, subject) == before
+    await replica.handlers.put_host(context(signed(datetime.now(UTC)), 3002))
+    after = await replica.bus.last(subjects.STREAM_FLEET, subject)
+    assert after is not None and before is not None and after.sequence > before.sequence
