@@ -33,6 +33,14 @@ class Attachment(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
+def present() -> list[Device]:
+    """Every device of this network namespace. Raises Refused(KERNEL_UNSUPPORTED)."""
+    try:
+        return rtnl.devices()
+    except OSError as error:
+        raise Refused(Code.KERNEL_UNSUPPORTED, f"kernel: cannot list devices: {error}") from None
+
+
 class Attachments:
     """The hooks of one firewall."""
 
@@ -47,10 +55,7 @@ class Attachments:
 
     def devices(self) -> list[Device]:
         """The devices that are to be covered now. Raises Refused."""
-        try:
-            return [d for d in rtnl.devices() if self._covers(d)]
-        except OSError as error:
-            raise Refused(Code.KERNEL_UNSUPPORTED, f"kernel: cannot list devices: {error}") from None
+        return [device for device in present() if self._covers(device)]
 
     def missing(self) -> list[str]:
         """Names that are wanted and that no device has."""
@@ -78,15 +83,15 @@ class Attachments:
 
     def put(self, programs: Mapping[str, Program]) -> list[Attachment]:
         """Have these programs on every device, in place of any of ours that are there. Problems are told, not raised."""
-        present = self.devices()
-        for index in self._links.keys() - {d.index for d in present}:
+        wanted = self.devices()
+        for index in self._links.keys() - {d.index for d in wanted}:
             self._pins.unpin_link(index)
             self._links.pop(index).close()
         self._leave_others()
-        found = [self._put(device, programs) for device in present]
+        found = [self._put(device, programs) for device in wanted]
         if any(one.problem for one in found):  # a device that went meanwhile is no problem
-            present = self.devices()
-        there = {device.index for device in present}
+            wanted = self.devices()
+        there = {device.index for device in wanted}
         return [one for one in found if one.ifindex in there]
 
     def _put(self, device: Device, programs: Mapping[str, Program]) -> Attachment:
@@ -159,10 +164,7 @@ class Attachments:
 
     def _leave_others(self) -> None:
         """Take our filters from devices that are not ours to guard any more: renamed, or not wanted by new settings."""
-        try:
-            others = [device for device in rtnl.devices() if not self._covers(device)]
-        except OSError as error:
-            raise Refused(Code.KERNEL_UNSUPPORTED, f"kernel: cannot list devices: {error}") from None
+        others = [device for device in present() if not self._covers(device)]
         ours = set().union(*self._pins.program_sets().values()) if others else set()
         for device in others:
             for point in (TC_INGRESS, TC_EGRESS):

@@ -15,14 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from loopback.bpf import layout, rtnl
+from loopback.bpf import layout
 from loopback.bpf.objects import Map
 from loopback.contracts.abi import Connection
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import compile as compiler
 from loopback.modules.firewall import counting, live, packets
 from loopback.modules.firewall import flows as tracking
-from loopback.modules.firewall.attach import Attachment
+from loopback.modules.firewall.attach import Attachment, present
 from loopback.modules.firewall.clock import jiffies_per_second
 from loopback.modules.firewall.holding import Holding, digest_bytes
 from loopback.modules.firewall.model import Action, Direction, FirewallPolicy, Packet, Prefix
@@ -30,9 +30,8 @@ from loopback.modules.firewall.packets import Verdict
 from loopback.modules.firewall.slots import fill_interfaces
 from loopback.modules.firewall.store import Promoted, SlotRecord, Trial
 
-ADOPTION_S: Final = (
-    300  # after it is first switched on, TCP connections that were there before are taken over
-)
+#: After it is first switched on, TCP connections that were there before are taken over.
+ADOPTION_S: Final = 300
 #: Ten thousand rules take 10 ms, for which nothing else gets the interpreter: whoever asked for the change is told first.
 PROMOTE_AFTER_S: Final = 0.05
 _TICK_NS: Final = 1 << layout.TICK_SHIFT
@@ -73,9 +72,8 @@ class Datapath(Holding):
         self._staged: int | None = None  # epochs
         self._committed: int | None = None
         self._policy: tuple[int, FirewallPolicy] | None = None  # what was staged last, by epoch
-        self._kept: Promoted | None = (
-            None  # what was confirmed last, by this process; the disk has it a little later
-        )
+        #: What was confirmed last, by this process; the disk has it a little later.
+        self._kept: Promoted | None = None
         self.adopted = False
         self._configure()
         if root:
@@ -461,7 +459,7 @@ class Datapath(Holding):
         return tracking.changes(
             self.flows() if record else (),
             record.epoch if record else 0,
-            {device.index: device.name for device in rtnl.devices()},
+            {device.index: device.name for device in present()},
             lambda asked: self.explain(asked, slot=layout.PROBE_ACTIVE),
             lambda asked: self.explain(asked, slot=staged),
         )

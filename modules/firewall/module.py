@@ -21,7 +21,7 @@ from loopback.contracts.subjects import token
 from loopback.modules.firewall import compile as compiler
 from loopback.modules.firewall import live
 from loopback.modules.firewall import policy as policies
-from loopback.modules.firewall.attach import Attachment
+from loopback.modules.firewall.attach import Attachment, present
 from loopback.modules.firewall.datapath import Datapath
 from loopback.modules.firewall.filling import filled
 from loopback.modules.firewall.pins import nothing_pinned
@@ -148,8 +148,8 @@ class FirewallModule(Module):
         """Again until nothing changes while it works, since news during that time start no second task."""
         known: list[rtnl.Device] = []
         try:
-            while (present := rtnl.devices()) != known:
-                known = present
+            while (there := present()) != known:
+                known = there
                 before = {a.ifindex for a in self._attachments()}
                 for one in await self._do(lambda d: d.cover()):
                     if one.ifindex not in before:
@@ -163,9 +163,6 @@ class FirewallModule(Module):
                 await asyncio.sleep(SETTLE_S)
         except Refused as problem:
             self.event("firewall.uncovered", code=problem.code, reason=problem.reason)
-        except OSError as error:
-            reason = f"kernel: cannot list devices: {error}"
-            self.event("firewall.uncovered", code=Code.KERNEL_UNSUPPORTED, reason=reason)
 
     def _attachments(self) -> list[Attachment]:
         return list(self._datapath.attachments) if self._datapath else []

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Final
 
-from loopback.bpf import layout, objects, rtnl
+from loopback.bpf import layout, objects
 from loopback.bpf.objects import Map
+from loopback.modules.firewall.attach import present
 from loopback.modules.firewall.compile import Compiled
 from loopback.modules.firewall.pins import Opened, Pins
 
@@ -158,11 +159,11 @@ class Slots:
 
 
 def fill_interfaces(inner: Map, names: Sequence[str]) -> None:
-    """Tell a policy the numbers of the devices that it names. Raises Refused, OSError."""
+    """Tell a policy the numbers of the devices that it names. Raises Refused."""
     if not names:
         return
     bits = {name: 1 << place for place, name in enumerate(names)}
-    wanted = {device.index: bits[device.name] for device in rtnl.devices() if device.name in bits}
+    wanted = {device.index: bits[device.name] for device in present() if device.name in bits}
     for key in list(inner.keys()):
         if struct.unpack("=I", key)[0] not in wanted:
             inner.delete(key)

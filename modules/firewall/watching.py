@@ -9,10 +9,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
-from loopback.bpf import layout, rtnl
+from loopback.bpf import layout
 from loopback.bpf.ring import Ring
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import events, shadow
+from loopback.modules.firewall.attach import present
 from loopback.modules.firewall.datapath import Datapath
 from loopback.modules.firewall.observing import Observers
 from loopback.modules.firewall.shadow import Shadow
@@ -129,7 +130,7 @@ class Watch:
                 seen += len(samples) + skipped
                 made.skip(skipped)
                 rate = self._own
-                devices = {device.index: device.name for device in rtnl.devices()}
+                devices = {device.index: device.name for device in present()}
                 await self._do(_judging(made, samples, devices, rate))
                 self.report = made.report()
                 if loop.time() >= second:
