@@ -433,15 +433,8 @@ class Datapath(Holding):
         if slot is None:
             slot = self._staged & 1 if self._staged else layout.PROBE_ACTIVE
         record = self._store.slots.get((self.generation if slot == layout.PROBE_ACTIVE else slot) & 1)
-        names = record.names if record else ()
-        bits = {name: 1 << place for place, name in enumerate(record.interfaces if record else ())}
-        run = self._programs["fw_probe"].repeated(packets.MOST_ASKED)
-        found = []
-        for frame in asked:
-            probe = packets.answer(run(packets.asking(frame, slot, bits.get(frame.iface, 0))))
-            rule = names[probe.order] if probe.order < len(names) else None
-            found.append(Verdict(Action(probe.verdict), rule, layout.REASONS[probe.reason], probe.epoch))
-        return found
+        interfaces, names = (record.interfaces, record.names) if record else ((), ())
+        return packets.judged(self._programs["fw_probe"], asked, slot, interfaces, names)
 
     def flows(self) -> Iterator[tracking.Flow]:
         """The live flows of the connection table."""

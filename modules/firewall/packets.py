@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes as ct
 import socket
 import struct
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 
 from loopback.bpf import layout
+from loopback.bpf.objects import Program
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall.model import Action, Direction, Packet
 
@@ -89,6 +91,20 @@ def asking(frame: Frame, slot: int, interfaces: int) -> bytes:
         interfaces=interfaces,
         network=frame.network,
     )
+
+
+def judged(
+    probe: Program, frames: Iterable[Frame], slot: int, interfaces: Sequence[str], names: Sequence[str]
+) -> list[Verdict]:
+    """What fw_probe says of frames by a slot whose policy names these interfaces and rules. Raises Refused as `asking` does."""
+    bits = {name: 1 << place for place, name in enumerate(interfaces)}
+    run = probe.repeated(MOST_ASKED)
+    found = []
+    for one in frames:
+        said = answer(run(asking(one, slot, bits.get(one.iface, 0))))
+        rule = names[said.order] if said.order < len(names) else None
+        found.append(Verdict(Action(said.verdict), rule, layout.REASONS[said.reason], said.epoch))
+    return found
 
 
 def _transport(packet: Packet) -> bytes:

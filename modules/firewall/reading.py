@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, Self
 
 import msgspec
 
-from loopback.bpf import hooks, layout, rtnl
+from loopback.bpf import hooks, layout
 from loopback.bpf.objects import Map, Program
 from loopback.contracts.codes import Code, Refused
 from loopback.modules.firewall import counting, packets
 from loopback.modules.firewall import flows as tracking
-from loopback.modules.firewall.model import Action, FirewallPolicy, Packet
+from loopback.modules.firewall.attach import present
+from loopback.modules.firewall.model import FirewallPolicy, Packet
 from loopback.modules.firewall.packets import Verdict
 from loopback.modules.firewall.pins import PROGRAMS, Pins, map_pin, past_pin
 from loopback.modules.firewall.store import SlotRecord, Store
@@ -264,7 +265,7 @@ class View:
         """Every device with a hook of ours, and those without any that could have one. Raises Refused."""
         ids = {program.id for program in self.programs.values()}
         found = []
-        for device in rtnl.devices():
+        for device in present():
             mode, program = self.links.get(device.index, ("none", 0))
             if program not in ids:
                 mode = "tc" if hooks.tc_program(device.index, hooks.TC_INGRESS) in ids else "none"
@@ -278,16 +279,9 @@ class View:
     def explain(self, asked: Iterable[Packet]) -> list[Verdict]:
         """What the policy in force says of packets, by the real program. Raises Refused."""
         record = self.record()
-        names = record.names if record else ()
-        bits = {name: 1 << place for place, name in enumerate(record.interfaces if record else ())}
-        run: Callable[[bytes], bytes] = self.programs["fw_probe"].repeated(packets.MOST_ASKED)
-        found = []
-        for packet in asked:
-            frame = packets.framed(packet)
-            probe = packets.answer(run(packets.asking(frame, layout.PROBE_ACTIVE, bits.get(frame.iface, 0))))
-            rule = names[probe.order] if probe.order < len(names) else None
-            found.append(Verdict(Action(probe.verdict), rule, layout.REASONS[probe.reason], probe.epoch))
-        return found
+        interfaces, names = (record.interfaces, record.names) if record else ((), ())
+        frames = map(packets.framed, asked)
+        return packets.judged(self.programs["fw_probe"], frames, layout.PROBE_ACTIVE, interfaces, names)
 
     def flows(self) -> Iterator[tracking.Flow]:
         """The live flows."""
