@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Generator
@@ -11,6 +12,7 @@ ACK: Final = 4  # say when it is done
 DUMP: Final = 0x300  # of all there are
 _REQUEST: Final = 1
 _ERROR, _DONE = 2, 3
+_TORN: Final = 0x10  # NLM_F_DUMP_INTR
 
 
 def ask(
@@ -18,7 +20,8 @@ def ask(
 ) -> Generator[tuple[int, bytes], None, None]:
     """One request; the answers as (type, body after the netlink header).
 
-    Raises OSError: the kernel's own refusal, TimeoutError after 5 s without an answer.
+    Raises OSError: the kernel's own refusal, TimeoutError after 5 s without an answer, and InterruptedError when what
+    is told changed meanwhile, so that something may have been left out.
     """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as asking:
         asking.settimeout(5)
@@ -28,7 +31,9 @@ def ask(
             data = asking.recv(1 << 18)
             at = 0
             while at + 16 <= len(data):
-                length, type_ = struct.unpack_from("=IH", data, at)
+                length, type_, marks = struct.unpack_from("=IHH", data, at)
+                if marks & _TORN and flags & DUMP:
+                    raise InterruptedError(errno.EINTR, "netlink: it changed while it was told")
                 if type_ == _DONE:
                     return
                 if type_ == _ERROR:  # or an acknowledgement

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -15,7 +16,10 @@ from loopback.bpf.netlink import ACK, DUMP, ask
 _RTM_NEWLINK, _RTM_GETLINK, _RTM_GETQDISC, _RTM_DELQDISC, _RTM_GETTFILTER = 16, 18, 38, 37, 46
 _RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
 _RTA_DST, _RTA_SRC, _RTA_OIF = 1, 2, 4
-_IFLA_IFNAME = 3
+_IFLA_IFNAME, _IFLA_EXT_MASK = 3, 29
+#: Of every device, without its statistics (RTEXT_FILTER_SKIP_STATS): half the size, and so fewer pieces to be told in.
+_LINKS: Final = struct.pack("=BxHiIIHHI", 0, 0, 0, 0, 0, 8, _IFLA_EXT_MASK, 1 << 3)
+_PATIENCE_S: Final = 5.0
 _GROUP_LINK = 1
 _TCA_KIND = 1
 _CLSACT: Final = 0xFFFFFFF1  # TC_H_CLSACT
@@ -44,14 +48,22 @@ class Device(msgspec.Struct, frozen=True):
 
 
 def devices() -> list[Device]:
-    """Every device of this network namespace. Raises OSError."""
-    found = []
-    for kind, body in ask(_RTM_GETLINK, struct.pack("=BxHiII", 0, 0, 0, 0, 0), DUMP):
-        if kind == _RTM_NEWLINK:
-            _family, hardware, index, flags, _change = struct.unpack_from("=BxHiII", body)
-            name = dict(_attributes(body[16:])).get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
-            found.append(Device(index, name, hardware, bool(flags & IFF_UP)))
-    return found
+    """Every device of this network namespace, as they were at one moment. Raises OSError, also where they change for
+    seconds on end faster than they can be read.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return [_device(body) for kind, body in ask(_RTM_GETLINK, _LINKS, DUMP) if kind == _RTM_NEWLINK]
+        except InterruptedError:
+            if time.monotonic() > deadline:
+                raise
+
+
+def _device(body: bytes) -> Device:
+    _family, hardware, index, flags, _change = struct.unpack_from("=BxHiII", body)
+    name = dict(_attributes(body[16:])).get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
+    return Device(index, name, hardware, bool(flags & IFF_UP))
 
 
 def device_to(remote: str, local: str) -> int:

@@ -21,7 +21,7 @@ from loopback.contracts.subjects import token
 from loopback.modules.firewall import compile as compiler
 from loopback.modules.firewall import live
 from loopback.modules.firewall import policy as policies
-from loopback.modules.firewall.attach import Attachment, present
+from loopback.modules.firewall.attach import Attachment
 from loopback.modules.firewall.datapath import Datapath
 from loopback.modules.firewall.filling import filled
 from loopback.modules.firewall.pins import nothing_pinned
@@ -69,6 +69,7 @@ class FirewallModule(Module):
         self._watching = Watch(self.event, self._do)
         self._shadow = (0.0, DEFAULT_SHADOW)  # seconds, one in so many
         self._monitor: socket.socket | None = None
+        self._news = False  # of devices, since they were last covered
         self._cover: asyncio.Task[None] | None = None
         self._staged: str | None = None
         self._committed: str | None = None
@@ -120,16 +121,18 @@ class FirewallModule(Module):
             raise self._problem
 
     async def _open(self, make: Callable[[], Datapath], state_dir: Path) -> None:
+        monitor = rtnl.monitor()  # before devices are read: what comes meanwhile is news, too
         try:
             datapath = await asyncio.to_thread(make)
         except Refused as problem:
+            monitor.close()
             self._problem = problem
             return
         self._datapath = datapath
         self.adopted = datapath.adopted
         self.policy = self._committed = datapath.digest
         self._watching.start(datapath, state_dir)
-        self._monitor = rtnl.monitor()
+        self._monitor = monitor
         asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._on_devices)
 
     async def _opened(self) -> Datapath | None:
@@ -141,15 +144,17 @@ class FirewallModule(Module):
     def _on_devices(self) -> None:
         if self._monitor is not None:
             rtnl.drain(self._monitor)
+        self._news = True
         if self._cover is None or self._cover.done():
             self._cover = asyncio.get_running_loop().create_task(self._cover_devices())
 
     async def _cover_devices(self) -> None:
-        """Again until nothing changes while it works, since news during that time start no second task."""
-        known: list[rtnl.Device] = []
+        """Again until nothing is heard while it works: that the devices are the same as before would not say that
+        none came and went.
+        """
         try:
-            while (there := present()) != known:
-                known = there
+            while self._news:
+                self._news = False
                 before = {a.ifindex for a in self._attachments()}
                 for one in await self._do(lambda d: d.cover()):
                     if one.ifindex not in before:
@@ -278,7 +283,10 @@ class FirewallModule(Module):
                 code=problem.code if problem else Code.MODULE_ABI,
                 reason=problem.reason if problem else "the module is not configured",
             )
-        return await self._do(self._health)
+        report = await self._do(self._health)
+        if report.code == Code.KERNEL_REFUSED:  # no news may come of what was refused; it may be possible now
+            self._on_devices()
+        return report
 
     def _health(self, datapath: Datapath) -> abi.HealthReport:
         digest, generation = datapath.digest, datapath.generation

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from loopback.bpf import layout
+from loopback.bpf import layout, rtnl
 from loopback.contracts import abi
 from loopback.contracts.codes import Code, Refused
-from loopback.modules.firewall import module
+from loopback.modules.firewall import attach, module
+from loopback.modules.firewall.datapath import Datapath
 
 
 @pytest.mark.parametrize("flows", [0, -1, "100000", 1.5, True, layout.MAX_FLOWS + 1])
@@ -47,8 +49,15 @@ async def test_devices_that_cannot_be_listed_are_told_and_end_nothing(
     def unheard() -> list[object]:
         raise TimeoutError("timed out")
 
-    monkeypatch.setattr(module.rtnl, "devices", unheard)
+    class Unlisted:
+        attachments: tuple[object, ...] = ()
+
+        def cover(self) -> list[object]:
+            return list(attach.present())
+
+    monkeypatch.setattr(rtnl, "devices", unheard)
     firewall = module.FirewallModule()
+    firewall._datapath = cast("Datapath", Unlisted())
     firewall._on_devices()
     assert firewall._cover is not None
     await firewall._cover
